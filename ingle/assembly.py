@@ -19,11 +19,13 @@ from ingle.config.lessons import Facts, find_lessons
 from ingle.config.objective import TRAINS, Classify, Tag, rows_of, samples_answers
 from ingle.config.policy_rules import reads_reference
 from ingle.config.preference_rules import has_reference
+from ingle.config.preferences import Reward
 from ingle.config.presets import describe_difference
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
 from ingle.models import keep_stored_labels, model_task
+from ingle.models.forward.layout import layout_of
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.calibration import calibrate
@@ -127,16 +129,23 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         longest, virtual = min(int(each.lengths.max()), limit), getattr(run.adapter, "num_virtual_tokens", 0)
         models.refuse_longer(model, longest, where="data.max_seq_len", virtual=virtual)
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
-        models.choose_padding(model, tokenizer, dataset.last_ids())
+        is_needed = not (run.objective.kind == "reward" and models.scores_by_position(model))
+        if remark := models.choose_padding(model, tokenizer, dataset.last_ids(), is_needed=is_needed):
+            sink(Warned(remark, where="model.id"))
     if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     if (difference := describe_difference(run.objective)) is not None:
-        sink(Warned(difference, where="objective"))
+        sink(Warned(difference, where="objective", is_note=True))
     run = run.model_copy(update={"adapter": _sized(run.adapter, tokenizer)})
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
-    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
-    plan = _plan(run, shape, data_shape(run, dataset, sequences, held_out), mesh, dtype)
+    companions, notes = planning.find_companions(run, models.compute_dtype("auto", device).itemsize)
+    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter), companions=companions)
+    for note in notes:
+        sink(Warned(note, where="objective"))
+    shares = kind == "causal" and layout_of(model).computes_trees
+    found = data_shape(run, dataset, sequences, held_out, shares=shares)
+    plan = _plan(run, shape, found, mesh, dtype)
     for lesson in find_lessons(_facts(run, plan, dataset)):
         sink(Warned(lesson.text, where=lesson.where))
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
@@ -321,6 +330,9 @@ def assemble(run: Run, sink: Sink, *, resumes: bool = False) -> Assembled:
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
     identity = adapters.identify(model, facts or None) if is_identified else None
+    if isinstance(run.objective, Reward):
+        stored = models.ModelTask() if run.model.init == "random" else models.stored_task(run.model)
+        objectives.start_scores(model, stored, run.seed)
     _give_text(run, model, ready.tokenizer, objective.module)
     report = adapters.initialize(
         model,
@@ -337,7 +349,7 @@ def assemble(run: Run, sink: Sink, *, resumes: bool = False) -> Assembled:
     if isinstance(objective, objectives.PreferenceObjective) and objective.prepares:
         assert identity is not None
         digest = adapters.initial_digest(model, identity)
-        objective.cache = objectives.open_cache(digest, ready.dtype, mesh.device)
+        objective.cache = objectives.open_cache(digest, model.config, ready.dtype, mesh.device)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     with adapters.use(model, "off") if models.virtual_length(model) else nullcontext():

@@ -144,12 +144,14 @@ class Warned:
         message: A sentence.
         where: The option or ``file:line``, or None.
         count: Number of occurrences.
+        is_note: Whether it says what the run does as its config asks, and nothing may be wrong.
     """
 
     tag: ClassVar[str] = "warned"
     message: str
     where: str | None = None
     count: int = 1
+    is_note: bool = False
 
 
 @dataclass(frozen=True, slots=True)

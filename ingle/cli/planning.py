@@ -116,7 +116,7 @@ def _load(words: Words) -> tuple[Run, list[str]]:
 
 def read_problem(run: Run, table: DeviceTable, device: str | None) -> tuple[Problem, list[str]]:
     """Returns the run with its shapes and devices, and notes on what was assumed."""
-    from ingle.planning import Problem
+    from ingle.planning import Problem, find_companions
     from ingle.planning.data_estimate import estimate_data
     from ingle.planning.rates import with_measured_rates
 
@@ -129,6 +129,8 @@ def read_problem(run: Run, table: DeviceTable, device: str | None) -> tuple[Prob
         kind = with_measured_rates(kind)
     if run.parallel.device == "cpu" and device is None:
         count, kind = 1, with_measured_rates(table.local_cpu(run.parallel.num_threads))
+    companions, unread = find_companions(run, kind.dtype_bytes)
+    shape = replace(shape, companions=companions)
     ranks = run.parallel.num_processes or count
     if run.parallel.kind == "none":
         ranks = 1
@@ -151,7 +153,7 @@ def read_problem(run: Run, table: DeviceTable, device: str | None) -> tuple[Prob
     free = kind.memory_bytes
     if kind.kind == "cpu":  # processes share it
         free, kind = free // ranks, kind.divided(ranks)
-    return Problem(run, shape, data, kind, free, dtype_bytes, ranks, local), [*notes, *more]
+    return Problem(run, shape, data, kind, free, dtype_bytes, ranks, local), [*notes, *more, *unread]
 
 
 def _answer(problem: Problem, table: DeviceTable, budget: float | None) -> dict[str, Any]:

@@ -43,7 +43,35 @@ def read_shape(run: Run) -> tuple[ModelShape, list[str]]:
     else:
         shape = replace(found.shape(run.adapter, bits), end_bits_per_weight=ends)
         layout = layout_note(run, shape.model_type)
-    return shape, notes if layout is None else [*notes, layout]
+    return _with_task_head(run, shape), notes if layout is None else [*notes, layout]
+
+
+def _with_task_head(run: Run, shape: ModelShape) -> ModelShape:
+    """Returns the shape of a model that scores or labels in the place of predicting tokens, if the objective does.
+
+    Labels that are read from the data are taken as two.
+    """
+    from ingle.config.objective import Answer, Classify, Tag
+    from ingle.config.preferences import Reward
+
+    match run.objective:
+        case Reward():
+            outputs = 1
+        case Classify(labels=labels) | Tag(labels=labels):
+            outputs = len(labels or (0, 1))
+        case Answer():
+            outputs = 2
+        case _:
+            return shape
+    head = shape.hidden_size * outputs
+    return replace(
+        shape,
+        vocab_size=outputs,
+        head_parameters=0,
+        tied=False,
+        final_parameters=shape.final_parameters + head,
+        saved_parameters=shape.saved_parameters + head * (run.adapter.kind != "none"),
+    )
 
 
 def _census(run: Run) -> tuple[ModelShape, str | None]:

@@ -206,7 +206,7 @@ POLICY_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "distillation-mixes-nothing",
         lambda run: isinstance(run.objective, Distill) and 0 < run.objective.on_policy_share < 1,
-        "A run learns either from sampled answers or from those in the data.",
+        "A run learns either from sampled answers (on_policy_share 1) or from those in the data (0), not from both.",
         "objective.on_policy_share",
         ("objective.on_policy_share=1", "objective.on_policy_share=0"),
     ),

@@ -77,8 +77,9 @@ class NumberReward(_Reward):
 
     Attributes:
         column: The reference: a number, or a text whose number follows ``####``.
-        style: The number that counts: the ``last`` in the answer; the last after ``####`` (``gsm8k``); or what verl's
-            strict parser finds in the last 300 characters and compares as text (``verl``).
+        style: The number that counts: the ``last`` in the answer, but the one in its last LaTeX ``boxed`` if there is
+            one; the first after the last ``####`` (``gsm8k``); or what verl's strict parser finds in the last 300
+            characters and compares as text (``verl``).
         tolerance: Largest relative difference from the reference that counts as equal.
         format_score: Score of an answer that has a number, but a wrong one.
     """

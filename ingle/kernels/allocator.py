@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 # The numbers of mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -28,12 +29,26 @@ def keep_freed_memory(largest_bytes: int = 1 << 30) -> bool:
     Returns:
         Whether the allocator accepted the setting; only glibc does.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    mallopt = _glibc("mallopt")
+    if mallopt is None:
         return False
     # Some versions refuse a threshold above 32 MiB; the trim threshold matters in any case.
     kept = bool(mallopt(_M_MMAP_THRESHOLD, largest_bytes)) or bool(mallopt(_M_MMAP_THRESHOLD, 1 << 25))
     return bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)) and kept
+
+
+def return_freed_memory() -> None:
+    """Returns freed memory to the system once, after a stage whose many small blocks would only leave gaps."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(name: str) -> Any:
+    """Returns a function of glibc; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return getattr(ctypes.CDLL("libc.so.6"), name)
+    except (OSError, AttributeError):
+        return None

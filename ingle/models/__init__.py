@@ -17,7 +17,7 @@ from ingle.models.forward.layers import (
 )
 from ingle.models.forward.layout import layout_note, require_shardable
 from ingle.models.forward.prompt_sharing import why_prompts_repeat
-from ingle.models.forward.rewards import forward_reward
+from ingle.models.forward.rewards import forward_reward, scores_by_position
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import keys_of, verify, verify_virtual_tokens
@@ -110,6 +110,7 @@ __all__ = [
     "save_pretrained",
     "save_setup",
     "save_sharded",
+    "scores_by_position",
     "stored_base",
     "stored_kind",
     "stored_task",

@@ -112,7 +112,9 @@ def _find_position_table(model: PreTrainedModel) -> tuple[str, int] | None:
     return None
 
 
-def choose_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, endings: Collection[int]) -> None:
+def choose_padding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, endings: Collection[int], *, is_needed: bool = True
+) -> str | None:
     """Gives a decoder that classifies texts a padding token that no text ends with, in its config and in the tokenizer.
 
     transformers reads such a model at the last token that is not the padding token, even where nothing is padded.
@@ -121,6 +123,11 @@ def choose_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, e
         model: May be on the meta device.
         tokenizer: Its tokenizer.
         endings: Last tokens of all texts.
+        is_needed: Whether the model needs such a token here, too. Otherwise it gets none if there is none: then
+            transformers reads single texts at their last token, and refuses several.
+
+    Returns:
+        A sentence if the model has no such token.
 
     Raises:
         ModelError: Texts end with all special tokens.
@@ -132,6 +139,12 @@ def choose_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, e
     candidates = [each for each in (*preferred, *reversed(special)) if isinstance(each, int)]
     fitting = (each for each in candidates if 0 <= each < num_tokens(model) and each not in endings)
     padding = next(fitting, None)
+    if padding is None and not is_needed:
+        config.pad_token_id = None
+        return (
+            "Other programs can score one answer at a time only: the tokenizer has no token for padding that no answer "
+            "ends with."
+        )
     if padding is None:
         raise ModelError(
             "The tokenizer has no token for padding that no text ends with.",
@@ -141,3 +154,4 @@ def choose_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, e
         )
     config.pad_token_id = padding
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -41,7 +41,7 @@ from ingle.objectives.mlm import MaskedTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
 from ingle.objectives.reference_cache import open_cache
-from ingle.objectives.reward import RewardLoss
+from ingle.objectives.reward import RewardLoss, start_scores
 from ingle.objectives.reward_models import RewardModel
 from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
@@ -73,7 +73,11 @@ __all__ = [
     "make_corruption",
     "open_cache",
     "settle_sharing",
+    "start_scores",
 ]
+
+#: Points of the curve of the divergence from the reference, and the fewest steps between two of them.
+_KL_POINTS, _KL_EVERY = 50, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +152,23 @@ def build(run: Run, context: Context) -> Objective:
     match run.objective:
         case Dpo():
             beta = suit_preferences(run.objective).beta
-            return PreferenceObjective(module, context.dataset, sampler, initial=initial, beta=beta, **options)
+            return PreferenceObjective(
+                module,
+                context.dataset,
+                sampler,
+                initial=initial,
+                beta=beta,
+                kl_steps=_kl_steps(run, context),
+                **options,
+            )
         case Kto() | Bco():
             return JudgedObjective(
                 module,
                 context.dataset,
                 sampler,
                 initial=initial,
-                baseline=_baseline(run.objective),
+                baseline=(baseline := _baseline(run.objective)),
+                kl_steps=() if baseline == "mismatched" else _kl_steps(run, context),
                 sequences=context.sequences,
                 seed=run.seed,
                 **options,
@@ -168,6 +181,14 @@ def reads_sources(objective: ObjectiveConfig, model: Model) -> bool:
     if objective.kind == "seq2seq":
         return True
     return FAMILY[objective.kind] in ("pairs", "judged") and kind_of(model.config) == "encoder_decoder"
+
+
+def _kl_steps(run: Run, context: Context) -> Container[int]:
+    """Returns the steps at which the divergence from the reference is measured; it costs two forward passes."""
+    trains_head = any(each.requires_grad for each in context.model.get_output_embeddings().parameters())
+    if run.adapter.kind == "none" or trains_head:  # then there is no reference, or it has another output layer
+        return ()
+    return {1, context.num_steps, *range(0, context.num_steps, max(_KL_EVERY, context.num_steps // _KL_POINTS))}
 
 
 def _baseline(config: JudgedConfig) -> Literal["mismatched", "running", "none"]:

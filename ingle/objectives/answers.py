@@ -123,10 +123,25 @@ def answer_divergences(model: Model, batch: Batch, targets_N: Tensor, states_NH:
 
 
 def _describe_both(states_NH: Tensor, output: Head, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
+    divergences_N = _compare_states(states_NH, 0.0, output, hidden_NH, targets_N)
+    return torch.cat([describe_targets(output, hidden_NH, targets_N), divergences_N[None]])
+
+
+def _compare_states(states_NH: Tensor, beta: float, output: Head, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
     transform = LogitTransform(output.logit_scale, output.softcap)
     own, other = (Predictions(states, output.weight, output.bias, transform) for states in (hidden_NH, states_NH))
-    divergences_N = linear_divergence(own, other, targets_N, beta=0.0)
-    return torch.cat([describe_targets(output, hidden_NH, targets_N), divergences_N[None]])
+    return linear_divergence(own, other, targets_N, beta=beta)
+
+
+def reverse_divergences(model: Model, batch: Batch, targets_N: Tensor, states_NH: Tensor) -> Tensor:
+    """Returns ``KL(model || reference)`` where each target is predicted, [N], in nats; see :func:`answer_divergences`.
+
+    The sum over an answer is the divergence along this text, not that of whole answers.
+    """
+    divergences_N: Tensor = through_head(
+        model, partial(_compare_states, states_NH, 1.0), forward_hidden(model, batch)[0], targets_N
+    )
+    return divergences_N
 
 
 def reference_states(batch: Batch) -> Tensor:

@@ -91,6 +91,7 @@ class StepModule(nn.Module, ABC):
         reads_states: Whether it reads the last hidden states of the reference.
         uses_hooks: Whether it reads what modules compute through hooks, which compiled layers do not call.
         reduces_once: Whether gradients are added over ranks in the last micro-batch of a step only.
+        idle: Names of trained parameters that the loss does not move, since their gradients cancel.
         observe: Called with the number of real tokens of each micro-batch; its context surrounds the forward pass.
     """
 
@@ -101,6 +102,7 @@ class StepModule(nn.Module, ABC):
     reads_states: bool = False
     uses_hooks: bool = False
     reduces_once: bool = False
+    idle: Sequence[str] = ()
     observe: Callable[[int], AbstractContextManager[None]]
 
     def __init__(self, model: Model) -> None:

@@ -214,8 +214,8 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
 def rewards(answers: Answers, options: PairOptions) -> Tensor:
     """Returns the implicit rewards of answers, detached, [P].
 
-    They are beta times the log-ratio to the reference; without one, beta times what the loss compares. Those of
-    ``orpo``, in which beta is a weight, are mean log-probabilities.
+    They are beta times the log-ratio to the reference, whatever the loss makes of it; without a reference, beta times
+    what the loss compares. Those of ``orpo``, in which beta is a weight, are mean log-probabilities.
     """
     match options.loss:
         case "simpo":
@@ -224,8 +224,6 @@ def rewards(answers: Answers, options: PairOptions) -> Tensor:
             value = answers.mean_logps
         case "cpo" | "cpo_hinge" | "cpo_ipo":
             value = options.beta * answers.logps
-        case "ipo" | "sigmoid_norm":
-            value = options.beta * answers.mean_ratios
         case _:
             value = options.beta * answers.log_ratios
     return value.detach()

@@ -67,9 +67,11 @@ class PairLoss(StepModule):
     Args:
         model: The model that is trained.
         config: The objective.
+        is_sampled: Whether the model itself has sampled the answers. Their log-ratios then measure ``kl``, the
+            divergence from the reference in nats per answer.
 
     Raises:
-        ConfigError: It reads them, and the output layer is trained.
+        ConfigError: The loss compares distributions with those of the reference, and the output layer is trained.
     """
 
     measures = (
@@ -80,7 +82,7 @@ class PairLoss(StepModule):
     )
     row_measures = ("rewards/accuracy", "rewards/margin", "logps/chosen")
 
-    def __init__(self, model: Model, config: PreferenceConfig) -> None:
+    def __init__(self, model: Model, config: PreferenceConfig, *, is_sampled: bool = False) -> None:
         self.keeps_dropout = not isinstance(config, Dpo)
         super().__init__(model)
         self.options = pair_options(config)
@@ -92,6 +94,9 @@ class PairLoss(StepModule):
                 where=f"objective.loss = {self.options.loss}, adapter.trainable_modules",
                 fix="leave the output layer out of adapter.trainable_modules",
             )
+        self._is_sampled = is_sampled
+        if is_sampled:
+            self.measures = (*PairLoss.measures, Measure("kl", "answers"))
         self._choice = config.pairs
         self._weights_pairs = isinstance(config, Dpo) and config.weighting == "wpo"
         self._tail_weight = config.tail_weight if isinstance(config, Dpo) else 1.0
@@ -131,6 +136,8 @@ class PairLoss(StepModule):
         metrics = {name: (value * pairs.weights).sum() for name, value in figures.items()}
         metrics["response_tokens"] = tokens.lengths[batch.answers()].sum().float()
         metrics["entropy"] = found.entropies.sum()
+        if self._is_sampled:
+            metrics["kl"] = log_ratios(found.logps.detach()[tokens.rows], batch, tokens).sum()
         return Sums(losses, metrics)
 
     def per_document(self, batch: Batch) -> Tensor:

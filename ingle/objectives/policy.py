@@ -66,7 +66,7 @@ class PolicyLoss(StepModule):
         self._has_reference = config.kl.place != "none"
         self.kl_coef = config.kl.coef
         self.measures = (
-            Measure("entropy", "completion_tokens"),
+            Measure("entropy", "answer_tokens"),
             Measure("clip_fraction", "completion_tokens"),
             Measure("clip_fraction_low", "completion_tokens"),
             Measure("clip_fraction_high", "completion_tokens"),
@@ -106,9 +106,10 @@ class PolicyLoss(StepModule):
         return terms
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
-        """Returns the counted tokens, the answers that have one, and the tokens that these could have had."""
+        """Returns the counted tokens, the answers that have one, the tokens that these could have, and all tokens."""
         tokens = AnswerTokens.of(batch)
-        return _rows(batch, tokens).counts(self.config.rollout.max_new_tokens)
+        counted = _rows(batch, tokens).counts(self.config.rollout.max_new_tokens)
+        return {**counted, "answer_tokens": float(len(tokens.rows))}
 
     def compute(self, batch: Batch) -> Sums:
         """Returns the sums over the counted tokens."""
@@ -128,7 +129,6 @@ class PolicyLoss(StepModule):
             losses["entropy_bonus"] = nothing + rows.sums(entropies_M).sum()
         distance_M = logps_M.detach() - old_M
         figures = {
-            "entropy": entropies_M.detach(),
             "clip_fraction": (policy.low | policy.high).to(logps_M.dtype),
             "clip_fraction_low": policy.low.to(logps_M.dtype),
             "clip_fraction_high": policy.high.to(logps_M.dtype),
@@ -142,7 +142,8 @@ class PolicyLoss(StepModule):
             value_M, bounded_M = value_losses(values_N[tokens.rows], before_M, returns_M, bound)
             losses["value_loss"] = nothing + values_N.sum() * 0.0 + aggregate(value_M, rows, "tokens")
             figures["value_clip_fraction"] = bounded_M.to(logps_M.dtype)
-        return Sums(losses, {name: rows.sums(values_M).sum() for name, values_M in figures.items()})
+        measured = {name: rows.sums(values_M).sum() for name, values_M in figures.items()}
+        return Sums(losses, {"entropy": entropies_M.detach().sum(), **measured})
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """Returns ``logps``, ``entropies`` and, with a value function, ``values`` of each token of the answers, [M].
@@ -181,9 +182,19 @@ class PolicyLoss(StepModule):
         everything = Rows(torch.ones_like(tokens.rows, dtype=torch.bool), tokens.documents, len(tokens.lengths))
         ratios_M = log_ratios(logps_M, old_M, everything, self.config.importance)
         policy = policy_losses(logps_M, ratios_M, _column(batch, "advantages", tokens), self._clip)
-        if "correction_weights" not in batch.columns:
-            return policy
-        return policy._replace(losses=policy.losses * _column(batch, "correction_weights", tokens))
+        losses_M = self._once(policy.losses, tokens)
+        if "correction_weights" in batch.columns:
+            losses_M = losses_M * _column(batch, "correction_weights", tokens)
+        return policy._replace(losses=losses_M)
+
+    def _once(self, losses_M: Tensor, tokens: AnswerTokens) -> Tensor:
+        """Returns losses whose sum over an answer is that of the answer, if its tokens have one ratio (RLOO).
+
+        Each token then has the value of the answer, but its own gradient: only the value is divided by the length.
+        """
+        if self.config.importance != "sequence" or self.config.aggregation != "answer_sums":
+            return losses_M
+        return losses_M - losses_M.detach() * (1 - 1 / tokens.lengths[tokens.documents])
 
     def _divergence(self, logps_M: Tensor, old_M: Tensor, batch: Batch, tokens: AnswerTokens, rows: Rows) -> Tensor:
         config = self.config
@@ -218,7 +229,7 @@ class PolicyLoss(StepModule):
         if self._clip.kind == "cispo":
             return {}
         tokens = AnswerTokens.of(batch)
-        losses_M = -_column(batch, "advantages", tokens)
+        losses_M = self._once(-_column(batch, "advantages", tokens), tokens)
         if "correction_weights" in batch.columns:
             losses_M = losses_M * _column(batch, "correction_weights", tokens)
         assert self.config.aggregation is not None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
 from ingle.events import Sink, Warned
 from ingle.models import forward_hidden, through_head
-from ingle.objectives.answers import AnswerTokens, answer_logps, log_ratios, with_reference
+from ingle.objectives.answers import AnswerTokens, answer_logps, log_ratios, reverse_divergences, with_reference
 from ingle.objectives.driver import PackedObjective
 from ingle.objectives.falling import Falling
 from ingle.objectives.interface import Relief, StepModule
@@ -63,6 +64,7 @@ class PreferenceObjective(PackedObjective):
         arguments: As for :class:`PackedObjective`.
         initial: Makes the model compute its initial function, which is the reference; None without a reference.
         beta: Factor on log-ratios in the rewards of chosen answers, if there are such rewards.
+        kl_steps: The steps at which the divergence from the reference is measured (``kl``).
         options: As for :class:`PackedObjective`.
 
     Attributes:
@@ -70,11 +72,19 @@ class PreferenceObjective(PackedObjective):
     """
 
     def __init__(
-        self, module: StepModule, *arguments: Any, initial: Initial | None, beta: float | None = None, **options: Any
+        self,
+        module: StepModule,
+        *arguments: Any,
+        initial: Initial | None,
+        beta: float | None = None,
+        kl_steps: Container[int] = (),
+        **options: Any,
     ) -> None:
         super().__init__(module, *arguments, **options)
         self._initial = initial
         self._beta = beta
+        self._kl_steps, self._is_kl_due = kl_steps, False
+        self._measured: dict[str, float] = {}
         self._falling = Falling()
         self.prepares = initial is not None
         self.cache: ReferenceCache | None = None
@@ -82,6 +92,7 @@ class PreferenceObjective(PackedObjective):
 
     def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
         """Says once if the chosen answers become less likely."""
+        self._measured, self._is_kl_due = {}, step in self._kl_steps
         if (hint := self._falling.hint()) is not None:
             sink(Warned(hint, where="objective"))
         return True
@@ -94,12 +105,33 @@ class PreferenceObjective(PackedObjective):
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the log-probabilities of the reference."""
         assert self._initial is not None, "there is no reference"
+        if self._is_kl_due:
+            self._measured |= self._measure_kl(parts, self._initial)
+            self._is_kl_due = False
         if self.module.reads_states:
             with self._initial():
                 states = self._evaluate(parts, self._read_states)
             return [_with(part, own) for part, own in zip(parts, states, strict=True)]
         found = zip(parts, self._references(parts, self._initial), strict=True)
         return [_with(part, with_reference(logps_N, part)) for part, logps_N in found]
+
+    def _measure_kl(self, parts: Sequence[Batch], initial: Initial) -> dict[str, float]:
+        """Returns the divergence from the reference along the answers of a step, over all ranks, in nats per answer."""
+        model, own = self.module.model, {"sum": 0.0, "answers": 0.0}
+        for part in parts:  # one after the other, since hidden states are large
+            with initial():
+                (states_NH,) = self._evaluate([part], lambda part: forward_hidden(model, part)[0])
+            tokens = AnswerTokens.of(part)
+            compare = partial(reverse_divergences, model, targets_N=tokens.targets, states_NH=states_NH)
+            (found_N,) = self._evaluate([part], compare)
+            own["sum"] += float(found_N.double().sum())
+            own["answers"] += float((tokens.lengths > 0).sum())
+        total = self._mesh.reduce(own)
+        return {"kl": total["sum"] / total["answers"]} if total["answers"] else {}
+
+    def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+        """Returns the means of the step, and what was measured before it."""
+        return super().metrics(sums, counts) | self._measured
 
     @torch.no_grad()
     def prepare_all(self, num_steps: int, on_progress: Callable[[int, int], None]) -> None:
@@ -222,7 +254,6 @@ class JudgedObjective(PreferenceObjective):
         self._baseline, self._sequences, self._seed = baseline, sequences, seed
         self._mismatches: dict[bool, Mismatches] = {}
         self._mixed: list[Batch] = []
-        self._measured: dict[str, float] = {}
         self._reward_sum = self._num_rewards = 0.0
 
     def next_batches(self) -> Sequence[Batch]:
@@ -264,7 +295,7 @@ class JudgedObjective(PreferenceObjective):
                 return prepared
             case "running":
                 baseline = self._reward_sum / self._num_rewards if self._num_rewards else 0.0
-                self._measured = {"delta": baseline}
+                self._measured |= {"delta": baseline}
             case "mismatched":
                 baseline = max(0.0, self._measure(len(parts)))
         columns = [torch.full((len(part.cu_seqlens) - 1,), baseline, device=part.cu_seqlens.device) for part in parts]
@@ -289,15 +320,15 @@ class JudgedObjective(PreferenceObjective):
         count = total["answers"] or 1.0
         mean = total["sum"] / count
         variance = max(0.0, total["squares"] / count - mean**2)
-        self._measured = {"kl": mean, "kl_stderr": (variance / count) ** 0.5}
+        self._measured |= {"kl": mean, "kl_stderr": (variance / count) ** 0.5}
         return mean
 
     def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Returns the means of the classes, their difference, and the baseline."""
+        """Returns the means of the classes, their difference, and what was measured before the step."""
         means = super().metrics(sums, counts)
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return means | self._measured
+        return means
 
     def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
         """Adds the rewards of the step to their running mean."""

@@ -15,10 +15,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,9 @@ from ingle import env
 from ingle.atomic import write_atomically
 from ingle.data.batch import Batch
 from ingle.errors import IngleError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Values = npt.NDArray[np.float32]
 
@@ -72,18 +76,22 @@ def _documents(row: Tensor, bounds: Tensor) -> list[npt.NDArray[np.int64]]:
     return np.split(row[0].cpu().numpy(), bounds[1:-1].cpu().numpy())
 
 
-def open_cache(digest: str, dtype: torch.dtype, device: torch.device) -> ReferenceCache:
+def open_cache(digest: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> ReferenceCache:
     """Opens the values of a reference, and removes those that were unused for the longest time if the disk is full.
 
     Args:
         digest: Identifies the weights: :func:`ingle.adapters.initial_digest`.
+        config: What the model computes with them: rotary frequencies, caps of logits and so on.
         dtype: The dtype of the computation.
         device: The device that computes.
     """
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    known = [digest, str(dtype), machine, env.code_digest(), *(f"{name} {version(name)}" for name in _LIBRARIES)]
+    options = json.loads(config.to_json_string(use_diff=False))
+    options = {name: value for name, value in options.items() if name not in _NAMES}
+    libraries = [f"{name} {version(name)}" for name in _LIBRARIES]
+    known = [digest, options, str(dtype), machine, env.code_digest(), *libraries]
     root = env.cache_folder() / "references"
-    folder = root / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]
+    folder = root / hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
@@ -92,6 +100,8 @@ def open_cache(digest: str, dtype: torch.dtype, device: torch.device) -> Referen
 
 
 _LIBRARIES = ("torch", "transformers", "numba")
+#: Options of a model that change nothing of what it computes.
+_NAMES = ("_name_or_path", "transformers_version", "architectures", "dtype")
 
 
 def _make_room(root: Path, keep: Path) -> None:
@@ -145,11 +155,12 @@ class ReferenceCache:
         if not self._new:
             return
         keys = b"".join(self._new)
-        content = save({
+        tensors: dict[str, npt.NDArray[Any]] = {
             "keys": np.frombuffer(keys, np.uint8),
             "ends": np.cumsum([len(value) for value in self._new.values()], dtype=np.int64),
             "logps": np.concatenate([np.zeros(0, np.float32), *self._new.values()]),
-        })  # fmt: skip
+        }
+        content = save(tensors | {"digest": _digest(tensors)})
         name = f"{hashlib.sha256(keys).hexdigest()[:24]}.safetensors"
         with suppress(OSError, IngleError):
             write_atomically(self._folder / name, content)
@@ -171,7 +182,17 @@ class ReferenceCache:
 
 def _entries(content: bytes) -> Iterator[tuple[bytes, Values]]:
     tensors = load(content)
+    if not np.array_equal(tensors.pop("digest"), _digest(tensors)):
+        raise ValueError("the file is damaged")
     keys, ends = tensors["keys"].tobytes(), tensors["ends"]
     values = np.split(tensors["logps"], ends[:-1])
     for number, value in enumerate(values):
         yield keys[number * _KEY_BYTES : (number + 1) * _KEY_BYTES], value
+
+
+def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    """Returns a digest of the content of a file: a disk may change what it was given."""
+    digest = hashlib.blake2b(digest_size=_KEY_BYTES)
+    for name in sorted(tensors):
+        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
+    return np.frombuffer(digest.digest(), np.uint8)

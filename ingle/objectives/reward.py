@@ -5,17 +5,39 @@ Legend: D documents, A answers, P pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ingle.config.preferences import Reward
 from ingle.data.batch import Batch
-from ingle.models import Model, forward_reward
+from ingle.models import Model, ModelTask, forward_reward, task_of
 from ingle.objectives.answers import Pairs, find_pairs
 from ingle.objectives.interface import Measure, StepModule, Sums, Term
 from ingle.objectives.pair_losses import reward_loss
+from ingle.parallel import copy_rows
+
+
+@torch.no_grad()
+def start_scores(model: Model, stored: ModelTask, seed: int) -> None:
+    """Draws the weights of a causal model's head from N(0, 1 / (H + 1)), unless its checkpoint has such a head.
+
+    Other models keep what their architecture draws. All ranks call it together.
+
+    Args:
+        model: A model that scores, with its weights loaded.
+        stored: What the head of its checkpoint predicts.
+        seed: Seed of the run.
+
+    Source: Huang et al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv 2403.17031), detail 11.
+    """
+    layer = getattr(model, "score", None)
+    if stored == task_of(model) or not isinstance(layer, nn.Linear):
+        return
+    drawn = torch.randn(1, layer.in_features, generator=torch.Generator().manual_seed(seed))
+    copy_rows(layer.weight, drawn / math.sqrt(layer.in_features + 1))
 
 
 class RewardLoss(StepModule):
@@ -26,15 +48,15 @@ class RewardLoss(StepModule):
         config: The objective.
     """
 
-    measures = (
-        *(Measure(f"rewards/{name}", "pairs") for name in ("chosen", "rejected", "margin", "accuracy")),
-        Measure("reward", "answers"),
-    )
+    measures = tuple(Measure(f"rewards/{name}", "pairs") for name in ("chosen", "rejected", "margin", "accuracy"))
     row_measures = ("rewards/accuracy", "rewards/margin")
 
     def __init__(self, model: Model, config: Reward) -> None:
         super().__init__(model)
         self._config = config
+        if not config.centering:  # the bias of the head cancels in a difference of scores
+            trained = [(name, each.shape) for name, each in model.named_parameters() if each.requires_grad]
+            self.idle = tuple(name for name, shape in trained if name.endswith(".bias") and shape == (1,))
 
     @property
     def terms(self) -> Sequence[Term]:
@@ -43,8 +65,8 @@ class RewardLoss(StepModule):
         return (Term("preference", "pairs"), *([Term("centering", "pairs", centering)] if centering else []))
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
-        """Returns the rows with a pair, and the answers."""
-        return {"pairs": float(len(self._pairs(batch).best)), "answers": float(len(batch.answers()))}
+        """Returns the rows with a pair."""
+        return {"pairs": float(len(self._pairs(batch).best))}
 
     def compute(self, batch: Batch) -> Sums:
         """Returns the sums over pairs, weighted so that every row counts once."""
@@ -56,8 +78,7 @@ class RewardLoss(StepModule):
             # Source: Eisenstein et al. 2023 (arXiv 2312.09244), section 2.
             both_P = scores_D[pairs.chosen] + scores_D[pairs.rejected]
             losses["centering"] = nothing + (both_P**2 * pairs.weights).sum()
-        metrics = {name: (value * pairs.weights).sum() for name, value in figures.items()}
-        return Sums(losses, metrics | {"reward": scores_D.detach().sum()})
+        return Sums(losses, {name: (value * pairs.weights).sum() for name, value in figures.items()})
 
     def per_document(self, batch: Batch) -> Tensor:
         """Returns the loss, the accuracy and the margin of each row with one of its answers; float64 [answers, 6]."""

@@ -64,7 +64,7 @@ class RewardModel:
             folder = adapter_folder(self._path)
             tensors = adapters.load_role(self._model, self._role, folder, identity=identity)
             layer: Any = self._model.get_output_embeddings()
-            self._head = ScalarHead(layer.in_features, self._mesh.device, 0).requires_grad_(False)
+            self._head = ScalarHead(layer.in_features, self._mesh.device).requires_grad_(False)
             self._head.load(folder, tensors)
             return
         opened = open_model(self._path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,24 +22,23 @@ _ADAPTER = "adapter"
 
 
 class ScalarHead(nn.Module):
-    """Maps hidden states to one number each, in float32.
+    """Maps hidden states to one number each, in float32; every number is 0 until weights are learned or loaded.
+
+    Random weights, with which a reward model begins, give values near 1. Where rewards are smaller, advantages would
+    consist of these values until they are unlearned. With values of 0, the first advantages are rewards.
 
     Args:
         size: H.
         device: Where it is.
-        seed: Seed of its initial weights, drawn from N(0, 1 / (H + 1)). The bias begins at 0.
 
     Attributes:
         weight: float32 [1, H].
         bias: float32 [1].
-
-    Source: Huang et al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv 2403.17031), detail 11.
     """
 
-    def __init__(self, size: int, device: torch.device, seed: int) -> None:
+    def __init__(self, size: int, device: torch.device) -> None:
         super().__init__()
-        drawn = torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / math.sqrt(size + 1)
-        self.weight = nn.Parameter(drawn.to(device))
+        self.weight = nn.Parameter(torch.zeros(1, size, device=device))
         self.bias = nn.Parameter(torch.zeros(1, device=device))
 
     def forward(self, hidden_NH: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def insert_role(model: Model, config: ValueConfig, adapter: AdapterConfig) -> No
     adapters.add_role(model, ROLE, rank=shape.rank, scale=shape.scale)
 
 
-def make_values(model: Model, config: ValueConfig, device: torch.device, seed: int) -> Values:
+def make_values(model: Model, config: ValueConfig, device: torch.device) -> Values:
     """Returns the value function of a policy with :func:`insert_role`."""
     layer: Any = model.get_output_embeddings()
-    return Values(model, config, ScalarHead(layer.in_features, device, seed))
+    return Values(model, config, ScalarHead(layer.in_features, device))

@@ -9,21 +9,34 @@ from ingle.config.adapter import DoraAdapter, LowRankAdapter, QaLoraAdapter
 from ingle.config.adapter_kinds import BottleneckAdapter, Ia3Adapter, PromptAdapter
 from ingle.config.base import HqqBase
 from ingle.config.run import Run
+from ingle.planning.companions import value_head_parameters, value_rank
 from ingle.planning.shape import LayerShape, LinearShape, ModelShape
 
 
 def parameters_of(run: Run, model: ModelShape) -> int:
-    """Counts the trained parameters of an adapter, without modules that are trained in full."""
+    """Counts the trained parameters of an adapter and of a value function, without modules trained in full."""
+    values = role_parameters(model.linears, value_rank(run)) + value_head_parameters(run, model)
+    return own_parameters(run, model) + values
+
+
+def own_parameters(run: Run, model: ModelShape) -> int:
+    """Counts those of the adapter alone."""
     if model.adapter_parameters is not None:
         return model.adapter_parameters
     return _low_rank(run, model.linears)
 
 
 def parameters_in_layer(run: Run, model: ModelShape, layer: LayerShape) -> float:
-    """Counts them in one layer."""
+    """Counts what :func:`parameters_of` counts in one layer."""
+    values = role_parameters(layer.linears, value_rank(run))
     if model.adapter_parameters is not None:
-        return model.adapter_parameters / max(1, model.num_layers)
-    return _low_rank(run, layer.linears)
+        return model.adapter_parameters / max(1, model.num_layers) + values
+    return _low_rank(run, layer.linears) + values
+
+
+def role_parameters(linears: Iterable[LinearShape], rank: int) -> int:
+    """Counts A and B of a role with this rank, in every adapted layer."""
+    return rank * sum((lin.in_features + lin.out_features) * lin.adapted for lin in linears)
 
 
 def group_size(run: Run) -> int:
@@ -56,5 +69,8 @@ def kept_features(run: Run, lin: LinearShape) -> float:
 def _low_rank(run: Run, linears: Iterable[LinearShape]) -> int:
     assert isinstance(run.adapter, LowRankAdapter)
     size = group_size(run)
-    columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in linears)
-    return run.adapter.largest_rank * columns
+    rank, magnitudes = run.adapter.largest_rank, int(isinstance(run.adapter, DoraAdapter))
+    return sum(
+        (rank * (math.ceil(lin.in_features / size) + lin.out_features) + magnitudes * lin.out_features) * lin.adapted
+        for lin in linears
+    )

@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 
 from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.objective import Mlm
+from ingle.config.policy import OnlineDpo, PolicyGradient
+from ingle.config.preference_rules import has_reference
+from ingle.config.preferences import Bco, Cpo, Dpo, Kto, Orpo, Simpo
 from ingle.config.run import Run
+from ingle.planning.activations import Tapes
+from ingle.planning.adapter_cost import allows_fused
+from ingle.planning.companions import value_rank
 from ingle.planning.devices import Device
 from ingle.planning.memory import trainable_parameters
 from ingle.planning.shape import DataShape, LayerShape, ModelShape
@@ -20,8 +26,9 @@ from ingle.planning.virtual_tokens import num_added_keys, with_virtual_tokens
 
 #: Share of the peak operations that a training step reaches with large micro-batches, by class of device: calibrated
 #: with published runs (fsdp_qlora on 3090, 4090 and A100; torchtune on 4090; torchtitan on H100). Faster tensor units
-#: wait longer for memory between products.
-_EFFICIENCY = {"apple": 0.5, "cpu": 0.6}
+#: wait longer for memory between products. Of a CPU, the share that its matrix products reach: what is between them is
+#: counted by itself, and is most of the time of a small model.
+_EFFICIENCY = {"apple": 0.5, "cpu": 0.85}
 _EFFICIENCY_BY_FLOPS = ((200e12, 0.62), (400e12, 0.57), (float("inf"), 0.36))
 #: Share of a link's or memory's nominal rate that transfers reach.
 _LINK_EFFICIENCY, _MEMORY_EFFICIENCY = 0.7, 0.75
@@ -35,6 +42,9 @@ _LAUNCH_S = {"cuda": 3e-4, "rocm": 3e-4, "apple": 5e-4, "cpu": 4e-4}
 _STEP_S = 5e-3
 #: Bytes that AdamW reads and writes per trained parameter: float32 weight, gradient and two states.
 _OPTIMIZER_BYTES = 28
+#: Seconds of a CPU core per element that an operation between matrix products reads or writes (norms, activations,
+#: rotary positions, attention, softmax). Measured with bfloat16 and float32, which take equally long.
+_ELEMENT_S = 1.3e-9
 #: Weights that a CPU core decodes per second.
 _CPU_DECODE_PER_CORE = 2e9
 
@@ -63,7 +73,8 @@ def flops_per_token(run: Run, model: ModelShape, *, recompute: bool, context: fl
 
     A weight costs 2 in the forward pass, 2 for the gradient of the input, and 2 for its own gradient if it is trained.
     Recomputing repeats the forward pass of the layers. The scores of attention cost 4 per pair and feature in the
-    forward pass, and twice that in the backward pass.
+    forward pass, and twice that in the backward pass. Losses of log-probabilities compute logits again in the backward
+    pass. A reference, mismatched answers and a teacher cost forward passes; a value function has layers of its own.
 
     Args:
         run: The run.
@@ -74,13 +85,32 @@ def flops_per_token(run: Run, model: ModelShape, *, recompute: bool, context: fl
     is_full = run.adapter.kind == "none"
     inner = sum(lin.num_weights * lin.active for lin in model.linears)
     head = model.hidden_size * model.vocab_size * predicted_share(run)
-    passes = (6 if is_full else 4) + (2 if recompute else 0)
+    passes = ((6 if is_full else 4) + (2 if recompute else 0)) * num_trunks(run)
+    head_passes = (6 if is_full else 4) + 2 * _computes_logits_again(run)
     is_virtual = isinstance(run.adapter, PrefixAdapter | PromptAdapter)  # computed once for all tokens
     trained = model.saved_parameters if is_virtual else trainable_parameters(run, model)
     adapters = 0 if is_full else (6 + (2 if recompute else 0)) * trained
     context += num_added_keys(run)
     scores = sum(layer.count * layer.uses * _pairs(layer, context) for layer in model.layers)
-    return float(passes * inner + (6 if is_full else 4) * head + adapters + (3 + recompute) * scores)
+    own = passes * inner + head_passes * head + adapters + (3 + recompute) * num_trunks(run) * scores
+    forward = num_forward_passes(run) * (2 * (inner + head) + scores)
+    return float(own + forward + 2 * sum(each.active_parameters for each in model.companions))
+
+
+def num_trunks(run: Run) -> int:
+    """Returns how many passes through the layers have a backward pass: one more for PPO's value function."""
+    return 2 if value_rank(run) else 1
+
+
+def num_forward_passes(run: Run) -> int:
+    """Returns how many passes of a step have no backward pass: those of a reference, and of mismatched answers."""
+    mismatched = 2 if isinstance(run.objective, Kto) and run.objective.baseline != "none" else 0
+    return int(has_reference(run) or isinstance(run.objective, OnlineDpo)) + mismatched
+
+
+def _computes_logits_again(run: Run) -> bool:
+    """Returns whether the loss reads log-probabilities; that of a cross-entropy computes the gradient with them."""
+    return isinstance(run.objective, Dpo | Simpo | Cpo | Orpo | Kto | Bco | PolicyGradient | OnlineDpo)
 
 
 def predicted_share(run: Run) -> float:
@@ -116,6 +146,8 @@ class Work:
         trained: Trained parameters.
         num_layers: Layers.
         dtype_bytes: Bytes of the compute dtype.
+        elements: Elements per token that the operations between matrix products read and write, without and with
+            recomputation.
     """
 
     flops: tuple[float, float]
@@ -126,6 +158,7 @@ class Work:
     trained: int
     num_layers: int
     dtype_bytes: int
+    elements: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def of(cls, run: Run, model: ModelShape, data: DataShape, dtype_bytes: int) -> Work:
@@ -152,7 +185,23 @@ class Work:
             trained=trainable_parameters(run, model),
             num_layers=model.num_layers,
             dtype_bytes=dtype_bytes,
+            elements=_elements(run, model, dtype_bytes),
         )
+
+
+def _elements(run: Run, model: ModelShape, dtype_bytes: int) -> tuple[float, float]:
+    """Returns :attr:`Work.elements`: what the tapes of the layers count, and the logits."""
+    tapes = Tapes(run, model, dtype_bytes, model.fused and allows_fused(run))
+    forward = backward = 0.0
+    for layer in model.layers:
+        times = layer.count * layer.uses / dtype_bytes
+        for operation in tapes.layer(layer, 1):
+            forward += times * (operation.saved + operation.forward)
+            backward += times * operation.backward
+    logits = model.vocab_size * predicted_share(run)
+    own = num_trunks(run) * (forward + backward) + (1 + _computes_logits_again(run)) * logits
+    more = num_forward_passes(run) * (forward + logits)
+    return own + more, own + more + num_trunks(run) * forward
 
 
 def predict(
@@ -175,7 +224,10 @@ def predict(
     products = flops / (device.flops(work.dtype_bytes) * efficiency(device, work.dtype_bytes) * filled)
     passes = 2 + strategy.recompute
     launch = work.num_layers * passes * _LAUNCH_S[device.kind]
-    compute = products + launch + passes * _decode_s(work, device)
+    between_products = 0.0
+    if device.kind == "cpu":  # those of a GPU are part of its efficiency
+        between_products = tokens * work.elements[strategy.recompute] * _ELEMENT_S / device.cores
+    compute = products + between_products + launch + passes * _decode_s(work, device)
     gathered = _gathered_bytes(strategy, work.base_bytes)
     copied = _copied_bytes(strategy, work.base_bytes, activation_bytes)
     transfer = _transfer_s(gathered, copied, replace(device, interconnect=between))

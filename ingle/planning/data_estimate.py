@@ -12,8 +12,11 @@ from glob import glob
 from pathlib import Path
 
 from ingle.config.data import SUFFIXES, TAGGED_SUFFIXES, Source
+from ingle.config.objective import rows_of
 from ingle.config.paths import find_path
+from ingle.config.policy import Sampled
 from ingle.config.run import Run
+from ingle.planning.rollouts import sampled_shape
 from ingle.planning.shape import DataShape
 
 #: Bytes of a file that are read to estimate the whole.
@@ -49,7 +52,26 @@ def estimate_data(run: Run) -> tuple[DataShape, list[str]]:
         rows, tokens = rows * (1 - validation.share), tokens * (1 - validation.share)
     elif validation is not None:
         validation_tokens = _estimate_all(validation.sources, run.paths_from, notes)[1]
+    objective = rows_of(run.objective)
+    if isinstance(objective, Sampled):
+        return _prompts(run, objective, rows, tokens / max(1.0, rows), longest, round(validation_tokens)), notes
     return replace(_shape(run, rows, tokens, longest), validation_tokens=round(validation_tokens)), notes
+
+
+def _prompts(
+    run: Run, objective: Sampled, rows: float, mean: float, longest: float, validation_tokens: int
+) -> DataShape:
+    """Returns the shape of answers to prompts that are as long as the rows, which may have answers of their own."""
+    most = objective.rollout.max_new_tokens
+    room = max(1, run.data.max_seq_len - most)
+    return sampled_shape(
+        objective,
+        max(1, round(rows)),
+        min(mean, room),
+        math.ceil(min(longest, room)),
+        shares=True,
+        validation_tokens=round(validation_tokens * (1 + most / max(1.0, mean))),
+    )
 
 
 def _estimate_all(sources: Sequence[Source], paths_from: str | None, notes: list[str]) -> tuple[float, float, float]:

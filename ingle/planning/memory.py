@@ -10,12 +10,19 @@ from dataclasses import asdict, dataclass
 
 from ingle.config.adapter import LoraAdapter, QaLoraAdapter
 from ingle.config.base import base_section
-from ingle.config.policy import Sampled
 from ingle.config.run import Run
 from ingle.planning.activations import Tapes
-from ingle.planning.adapter_cost import allows_fused, parameters_in_layer, parameters_of
+from ingle.planning.adapter_cost import (
+    allows_fused,
+    own_parameters,
+    parameters_in_layer,
+    parameters_of,
+    role_parameters,
+)
+from ingle.planning.companions import keeps_initial, reward_rank, subtracts, value_rank
+from ingle.planning.rollout_memory import answers_bytes, sampling_bytes, scoring_bytes
 from ingle.planning.shape import DataShape, LayerShape, LinearShape, ModelShape
-from ingle.planning.step_memory import Ends, Step, Unit
+from ingle.planning.step_memory import Ends, Step, Unit, loss_chunk
 from ingle.planning.strategy import Strategy
 from ingle.planning.update_rules import active_parameters, active_share, scratch_bytes, state_bytes
 from ingle.planning.virtual_tokens import with_virtual_tokens
@@ -35,6 +42,9 @@ _COMPILER_BYTES = 20 << 20
 _COMPILED_BYTES = 7 << 20
 #: Bytes per token of a batch: ids, labels, positions, offsets; all micro-batches of a step exist at once.
 _BATCH_BYTES_PER_TOKEN = 32
+#: Share of the memory of sampling, or of a step if that is less, which a CPU's allocator cannot use for the other:
+#: freed memory stays in the process, and the blocks of both have other sizes. Measured.
+_GAPS = 0.5
 #: Elements of the gradients that DDP adds over ranks at once, as in :mod:`ingle.parallel.gradients`.
 _BUCKET = 1 << 25
 #: Number of kernels: for attention and loss, for quantized weights, for layers fused with adapters.
@@ -46,14 +56,17 @@ class MemoryParts:
     """Predicted bytes on one device by purpose, at the peak of a step.
 
     Attributes:
-        weights_bytes: The frozen base, or the weights that full fine-tuning trains; this rank's shard if sharded.
+        weights_bytes: The frozen base, or the weights that full fine-tuning trains; this rank's shard if sharded. Also
+            models that run next to it: a teacher, or reward models.
         gather_bytes: Weights gathered from other ranks, or copied from host memory, for the layers in use.
-        adapter_bytes: Adapters and modules trained in full, with float32 masters and initial values.
+        adapter_bytes: Adapters, those of a value function and of reward models included, and modules trained in full,
+            with float32 masters and initial values.
         gradient_bytes: Gradients.
         optimizer_bytes: Optimizer states.
         activation_bytes: Saved activations, and buffers of the loss.
         overhead_bytes: Decoded weights, batches, kernels, the context of the device and of the allocator.
-        evaluation_bytes: By how much the evaluation needs more than a step; among the ``activation_bytes``.
+        evaluation_bytes: By how much the evaluation, or the sampling of answers, needs more than a step; among the
+            ``activation_bytes``.
     """
 
     weights_bytes: int = 0
@@ -130,11 +143,11 @@ class DeviceMemory:
         return MemoryParts(
             weights_bytes=round(self._weights()),
             gather_bytes=round(peak.gathered),
-            adapter_bytes=round(self._masters()),
+            adapter_bytes=round(self._masters() + self._copies()),
             gradient_bytes=round(gradients),
             optimizer_bytes=round(state_bytes(self.run, self.shape, everything, self._trained_ranks)),
             activation_bytes=round(peak.activations + peak.gradients - gradients + evaluation),
-            overhead_bytes=round(self._scratch() + self._batch() + self.fixed_bytes()),
+            overhead_bytes=round(self._scratch() + self._batch() + self._answers(peak.total) + self.fixed_bytes()),
             evaluation_bytes=round(evaluation),
         )
 
@@ -169,7 +182,7 @@ class DeviceMemory:
         """Weights of the model; if trained ones are sharded, their float32 masters stand in for them."""
         linears = sum(lin.num_weights * lin.count * self._bits(lin) / 8 for lin in self.shape.linears)
         weights = linears + self.shape.other_parameters * self.dtype_bytes
-        merged = _merged_bytes(self.run, self.shape)
+        merged = _merged_bytes(self.run, self.shape) + sum(each.weight_bytes for each in self.shape.companions)
         if not self.strategy.shards_optimizer:
             return weights + merged
         whole = self._trained_whole()
@@ -188,21 +201,32 @@ class DeviceMemory:
         active = whole if not self._full else active_parameters(self.run, self.shape, whole)
         return (adapters + initial * whole + masters * active) / self._trained_ranks
 
+    def _copies(self) -> float:
+        """The values that training began with, where they are kept, and the adapters of reward models."""
+        own = own_parameters(self.run, self.shape) if not self._full else 0
+        kept = subtracts(self.run) + keeps_initial(self.run)
+        return 4.0 * (own * kept + role_parameters(self.shape.linears, reward_rank(self.run)))
+
+    def _tapes(self) -> Tapes:
+        fused = self.shape.fused and allows_fused(self.run)
+        return Tapes(self.run, self.shape, self.dtype_bytes, fused, self.on_gpu)
+
     def step(self) -> Step:
         """Returns the last micro-batch of a step."""
         run, shape, strategy = self.run, self.shape, self.strategy
-        fused = shape.fused and allows_fused(run)
-        tapes = Tapes(run, shape, self.dtype_bytes, fused, self.on_gpu)
-        tokens = strategy.micro_batch_size * self.data.longest
+        tapes = self._tapes()
+        tokens = self.data.most_tokens(strategy.micro_batch_size)
         trained = 4.0 * active_parameters(run, shape, trainable_parameters(run, shape))
         ranks = 1 if strategy.kind == "zero1" else self._trained_ranks
         summed = 0.0
         if strategy.kind == "ddp":
             largest = shape.embedding_parameters if self._full else 0
             summed = trained + 4 * (max(min(_BUCKET, trained / 4), largest) + largest)
+        units = tuple(self._unit(tapes, layer, tokens) for layer in shape.layers)
+        states = sum(each.hidden_size for each in shape.companions)
         return Step(
             tapes,
-            tuple(self._unit(tapes, layer, tokens) for layer in shape.layers),
+            units,
             self._ends(),
             tokens,
             strategy.recompute,
@@ -210,6 +234,9 @@ class DeviceMemory:
             keeps_gathered=strategy.shards_optimizer and not strategy.shards_base,
             earlier_gradients=trained / ranks if strategy.grad_accum_steps > 1 else 0.0,
             summed=summed,
+            trunks=2 if value_rank(run) else 1,
+            beside=float(self.dtype_bytes * states * tokens),
+            chunk=loss_chunk(run, self.dtype_bytes, self.on_gpu),
         )
 
     def _ends(self) -> Ends:
@@ -260,21 +287,20 @@ class DeviceMemory:
         )
 
     def _evaluation(self) -> float:
-        """The keys and values of a batch of answers, its scores, and the weights that are gathered for it."""
+        """What answers to samples and those of an iteration take, with the weights that are gathered for them."""
         longest = self.data.longest_document or self.data.longest
-        batches = []
+        found = [self._sampling(), scoring_bytes(self.run, self.data, self._tapes())]
         if self.run.task is not None:
-            batches.append((self.run.task.batch_size, longest + self.run.task.max_new_tokens))
-        if isinstance(self.run.objective, Sampled):  # the longest row has room for an answer
-            batches.append((self.run.objective.rollout.num_slots, longest))
-        return max((self._generation(*batch) for batch in batches), default=0.0)
-
-    def _generation(self, batch_size: int, length: int) -> float:
-        widths = sum(2 * layer.num_kv_heads * layer.head_dim * layer.count for layer in self.shape.layers)
-        scores = (4 + self.dtype_bytes) * self.shape.vocab_size
+            found.append(self._generation(self.run.task.batch_size, longest + self.run.task.max_new_tokens))
         step = self.step()
         gathered = max(step.ends.head_gathered, *(unit.gathered for unit in step.units))
-        return batch_size * (length * widths * self.dtype_bytes + scores) + 2 * gathered
+        return max(found) + 2 * gathered if max(found) else 0.0
+
+    def _generation(self, batch_size: int, length: int) -> float:
+        """The keys and values of a batch of answers, and its scores."""
+        widths = sum(2 * layer.num_kv_heads * layer.head_dim * layer.count for layer in self.shape.layers)
+        scores = (4 + self.dtype_bytes) * self.shape.vocab_size
+        return batch_size * (length * widths * self.dtype_bytes + scores)
 
     def _scratch(self) -> float:
         """The buffer for decoded weights; there is one per thread, and a GPU's backward pass has its own thread."""
@@ -285,6 +311,16 @@ class DeviceMemory:
     def _batch(self) -> float:
         sequences = self.strategy.micro_batch_size * self.strategy.grad_accum_steps
         return sequences * self.data.num_tokens / max(1, self.data.num_sequences) * _BATCH_BYTES_PER_TOKEN
+
+    def _answers(self, step_bytes: float) -> float:
+        """What a CPU run keeps of answers, and the gaps that sampling and steps leave each other."""
+        if self.on_gpu:
+            return 0.0
+        gaps = _GAPS * min(step_bytes, self._sampling())
+        return answers_bytes(self.run, self.data) + gaps
+
+    def _sampling(self) -> float:
+        return sampling_bytes(self.run, self.data, self._tapes(), self.strategy.world_size)
 
     def fixed_bytes(self) -> float:
         """Returns what does not depend on the model: kernels and their caches, or the context of a GPU."""

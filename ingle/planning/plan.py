@@ -16,7 +16,7 @@ from ingle.planning.devices import Device
 from ingle.planning.memory import MemoryParts, trainable_parameters
 from ingle.planning.remedies import default_batch, find_remedy
 from ingle.planning.resources import disk_bytes, host_bytes
-from ingle.planning.rollouts import rollout_s
+from ingle.planning.rollouts import rollout_s, validation_s
 from ingle.planning.search import Option, Problem, decide
 from ingle.planning.shape import DataShape
 from ingle.planning.strategy import Strategy
@@ -68,7 +68,7 @@ class Plan:
         device: Name of the device that speed and price are those of.
         tokens_per_s: Predicted tokens per second of all ranks.
         hours: Predicted hours of training and validation, without loading and evaluation.
-        validation_hours: The part of ``hours`` that validations take, without answers to samples.
+        validation_hours: The part of ``hours`` that validations take, without answers to the samples of a task.
         rollout_hours: The part of ``hours`` in which answers are sampled and evaluated, without rewards.
         price: Predicted price in US dollars; that of the energy for a device that is not rented.
     """
@@ -146,13 +146,10 @@ def describe(problem: Problem, option: Option, *, process_bytes: int = 0, can_co
     memory["total"] = sum(memory.values())
     validate_every = decide_interval(run, num_steps, data)
     validation_hours = 0.0
-    if validate_every and option.tokens_per_s:
-        # Only the forward pass; all else that a step does takes as long per operation.
-        share = 2 * problem.shape.active_parameters / flops
-        seconds = data.validation_tokens / option.tokens_per_s * min(1.0, share)
-        validation_hours = (num_steps // validate_every + 1) * seconds / 3600
+    if validate_every:
+        validation_hours = (num_steps // validate_every + 1) * validation_s(problem, option, flops) / 3600
     rollout_hours = 0.0
-    if isinstance(run.objective, Sampled):
+    if isinstance(rows_of(run.objective), Sampled):
         iterations = math.ceil(num_steps / steps_per_iteration(run))
         rollout_hours = iterations * rollout_s(problem, option, flops) / 3600
     hours = num_steps * option.cost.step_s / 3600 + validation_hours + rollout_hours

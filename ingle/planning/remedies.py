@@ -10,6 +10,8 @@ from typing import Any
 from ingle.config.adapter import LoraAdapter, LowRankAdapter
 from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.base import base_section
+from ingle.config.objective import rows_of
+from ingle.config.policy import Sampled
 from ingle.config.run import Run
 from ingle.planning.search import Option, Problem, choose, search
 from ingle.wording import size
@@ -18,8 +20,8 @@ from ingle.wording import size
 _LEAST_RANK = 8
 #: A change that does not make a run fit must save this share of its memory to be proposed.
 _WORTHWHILE = 0.05
-#: The shortest sequence to propose, in tokens.
-_LEAST_LENGTH = 256
+#: The shortest sequence to propose, in tokens, and the fewest answers that grow together.
+_LEAST_LENGTH, _LEAST_SLOTS = 256, 8
 #: A run of fewer steps hardly gets beyond the warm-up.
 _FEW_STEPS = 10
 #: Steps to propose instead.
@@ -130,9 +132,17 @@ def changes(problem: Problem) -> Iterator[tuple[str, Problem]]:
     if isinstance(run.adapter, PrefixAdapter | PromptAdapter) and (number := run.adapter.num_virtual_tokens // 2):
         fewer = run.adapter.model_copy(update={"num_virtual_tokens": number})
         yield f"--adapter.num_virtual_tokens={number}", with_run(adapter=fewer)
+    objective = rows_of(run.objective)
+    if isinstance(objective, Sampled) and objective.rollout.num_slots > _LEAST_SLOTS:
+        rollout = objective.rollout.model_copy(update={"num_slots": _LEAST_SLOTS})
+        yield (
+            f"--objective.rollout.num_slots={_LEAST_SLOTS}",
+            with_run(objective=objective.model_copy(update={"rollout": rollout})),
+        )
     length = data.longest // 2
     while length >= _LEAST_LENGTH:
-        shorter = replace(data, longest=length, longest_document=min(data.longest_document, length))
+        document, prompt = min(data.longest_document, length), min(data.shared_prompt, length)
+        shorter = replace(data, longest=length, longest_document=document, shared_prompt=prompt)
         yield f"--data.max_seq_len={length}", replace(problem, data=shorter)
         length //= 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ingle.config.optim import Subspace
 from ingle.planning.loading import reading_bytes
 from ingle.planning.memory import trainable_parameters
+from ingle.planning.rollout_memory import answers_bytes
 from ingle.planning.search import Option, Problem, offloaded_bytes
 from ingle.planning.update_rules import state_bytes
 
@@ -29,7 +30,8 @@ def host_bytes(problem: Problem, option: Option) -> int:
         return ranks * option.memory.total_bytes + data
     reading = reading_bytes(problem.shape, problem.run.base, problem.dtype_bytes, ranks)
     offloaded = offloaded_bytes(problem, strategy, option.host_activation_bytes)
-    return round(ranks * _PROCESS_BYTES + reading + offloaded + data)
+    answers = ranks * answers_bytes(problem.run, problem.data)
+    return round(ranks * _PROCESS_BYTES + reading + offloaded + data + answers)
 
 
 def checkpoint_bytes(problem: Problem) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,6 +92,21 @@ class LayerShape:
         return self.other_parameters + sum(lin.num_weights * lin.count for lin in self.linears)
 
 
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """Another model that runs next to the one that is trained, without gradients: a teacher, or a reward model.
+
+    Attributes:
+        weight_bytes: Its weights.
+        hidden_size: Width of the hidden states that a step keeps of it; 0 if it keeps none.
+        active_parameters: Weights that a token of a step is multiplied with; 0 if no step computes it.
+    """
+
+    weight_bytes: int
+    hidden_size: int = 0
+    active_parameters: int = 0
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Shape of a model.
@@ -112,6 +128,7 @@ class ModelShape:
         max_positions: Longest text that it supports; 0 if unknown.
         fused: Whether Ingle has fused layers for its architecture; they run on a CPU over a frozen base.
         end_bits_per_weight: Bits of a weight of embedding and head, if they are quantized (GGUF files).
+        companions: Other models that run next to it.
     """
 
     layers: tuple[LayerShape, ...]
@@ -130,6 +147,7 @@ class ModelShape:
     max_positions: int = 0
     fused: bool = False
     end_bits_per_weight: float | None = None
+    companions: tuple[Companion, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -171,15 +189,17 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class DataShape:
-    """Shape of tokenized data.
+    """Shape of tokenized data. Tokens that a step computes once for several documents count once.
 
     Attributes:
         num_sequences: Rows after packing.
         num_tokens: Tokens in all documents.
-        longest: Tokens of the longest sequence.
+        longest: Tokens of the longest sequence, if it is alone.
         longest_document: Tokens of the longest document; attention never crosses documents. 0 if unknown.
         mean_document: Tokens of a document on average; 0 if unknown.
         validation_tokens: Tokens of all held-out documents, which are not among ``num_tokens``.
+        shared_prompt: Tokens of the longest sequence that it shares with those next to it.
+        sequences_per_prompt: Sequences that share them.
     """
 
     num_sequences: int
@@ -188,3 +208,10 @@ class DataShape:
     longest_document: int = 0
     mean_document: float = 0.0
     validation_tokens: int = 0
+    shared_prompt: int = 0
+    sequences_per_prompt: int = 1
+
+    def most_tokens(self, num_sequences: int) -> int:
+        """Returns the most tokens of so many adjacent sequences."""
+        prompts = math.ceil(num_sequences / self.sequences_per_prompt)
+        return num_sequences * (self.longest - self.shared_prompt) + prompts * self.shared_prompt

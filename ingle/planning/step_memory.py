@@ -10,13 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ingle.config.policy import Distill, OnlineDpo, PolicyGradient
+from ingle.config.preferences import PairConfig
+from ingle.config.run import Run
 from ingle.planning.activations import Operation, Tapes, backward_peak, forward_peak, saved_bytes
 from ingle.planning.shape import LayerShape
 
 #: Logits of one chunk of the loss, and the multiple of its rows, as in :mod:`ingle.kernels.layers.token_logps`.
 _CHUNK_LOGITS, _ROW_TILE = 1 << 24, 64
+#: Bytes per logit of float32 copies: of the logits, their logarithms of probabilities, probabilities and products; and
+#: of a divergence, where each of two distributions, their mixture and ratios have some.
+_STATISTICS_BYTES, _DIVERGENCE_BYTES = 16, 36
 #: Bytes per token of shifted labels, and of the rows and targets that have one.
 _LABEL_BYTES = 40
+
+
+def loss_chunk(run: Run, dtype_bytes: int, on_gpu: bool) -> tuple[int, float]:
+    """Returns the logits of a chunk of the loss, and the bytes of each.
+
+    A cross-entropy overwrites its logits. Figures of the whole distribution need float32 copies of them on a GPU, and a
+    divergence needs the logits of two models and copies of both.
+    """
+    if isinstance(run.objective, Distill) or getattr(run.objective, "loss", "") in ("tdpo1", "tdpo2"):
+        return _CHUNK_LOGITS // 4, 2 * dtype_bytes + _DIVERGENCE_BYTES
+    describes = isinstance(run.objective, PolicyGradient | OnlineDpo | PairConfig)
+    return _CHUNK_LOGITS, dtype_bytes + _STATISTICS_BYTES * (describes and on_gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +119,9 @@ class Step:
         keeps_gathered: Whether gathered weights stay until the backward pass (ZeRO 1 and 2).
         earlier_gradients: Bytes of gradients that earlier micro-batches have left behind.
         summed: Bytes that the sum over ranks at the end of the step needs, with the gradients of a step (DDP).
+        trunks: Forward passes of the layers that one loss reads: that of a policy, and that of its value function.
+        beside: Bytes of the hidden states of other models, which the loss reads.
+        chunk: Logits that exist at once, and the bytes of each.
     """
 
     tapes: Tapes
@@ -112,6 +133,9 @@ class Step:
     keeps_gathered: bool = False
     earlier_gradients: float = 0.0
     summed: float = 0.0
+    trunks: int = 1
+    beside: float = 0.0
+    chunk: tuple[int, float] | None = None
 
     def peak(self) -> Moment:
         """Returns the moment at which most bytes are alive."""
@@ -125,12 +149,13 @@ class Step:
         """
         width = self._width()
         positions = 2 * self.tapes.dtype_bytes * self.tokens * max(unit.layer.head_dim for unit in self.units)
-        live, earlier = positions + width, self.earlier_gradients
+        live, earlier = positions + width + self.beside, self.earlier_gradients
         held = self.ends.embedding_gathered * self.keeps_gathered
         yield Moment(live, earlier, 2 * self.ends.embedding_gathered)
         kept = [width if self.recompute else saved_bytes(unit.tape) for unit in self.units]
         for unit, saved in zip(self.units, kept, strict=True):
-            live += 2 * saved if self.offload_activations else saved * unit.layer.count * unit.layer.uses
+            kept_here = 2 * saved if self.offload_activations else saved * unit.layer.count * unit.layer.uses
+            live += self.trunks * kept_here
             transient = max((op.saved + op.forward for op in unit.tape), default=0.0)
             needed = transient if self.recompute else forward_peak(unit.tape) - saved_bytes(unit.tape)
             held += unit.gathered * unit.layer.count * self.keeps_gathered
@@ -192,9 +217,10 @@ class Step:
         """
         shape, b, ends = self.tapes.shape, self.tapes.dtype_bytes, self.ends
         vocab = max(1, shape.vocab_size)
-        rows = min(self.tokens, max(_CHUNK_LOGITS // vocab // _ROW_TILE * _ROW_TILE, _ROW_TILE))
+        num_logits, logit_bytes = self.chunk or (_CHUNK_LOGITS, b)
+        rows = min(self.tokens, max(num_logits // vocab // _ROW_TILE * _ROW_TILE, _ROW_TILE))
         ids = _LABEL_BYTES * self.tokens
-        logits = rows * (b * vocab + 2 * b * shape.hidden_size + 12)
+        logits = rows * (logit_bytes * vocab + 2 * b * shape.hidden_size + 12)
         trained = ends.head_parameters * ends.head_trained
         width = self._width()
         yield Moment(live + ids + width + logits + trained * (4 + b), gradients, held + 2 * ends.head_gathered)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
+
+from ingle.report import drawing
+from ingle.report.drawing import LEAST, Scale
 
 Floats = npt.NDArray[np.float64]
 #: Left, top, width and height, in pixels.
@@ -26,9 +28,6 @@ WIDE, NARROW = 880, 340
 #: Largest number of points in a curve; more cannot be distinguished on a page.
 MAX_POINTS = 600
 
-#: The smallest value on a logarithmic scale; smaller ones are drawn there.
-_LEAST = 1e-9
-
 #: Width of the columns of a loss curve that show their step's numbers under the pointer, in pixels.
 _HIT_WIDTH = 7
 
@@ -36,46 +35,6 @@ _HIT_WIDTH = 7
 _SIZE_HEIGHT, _CHARACTER, _LINE = 420.0, 7.2, 13.0
 
 _ROW_CHARACTER = 7.9  # of an interval plot, whose labels are larger and bold
-
-
-@dataclass(frozen=True, slots=True)
-class _Scale:
-    """Maps values in ``[low, high]`` to pixels from ``start`` to ``end``, linearly or by their logarithm."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    @classmethod
-    def around(
-        cls, values: Sequence[float], start: float, end: float, pads: Sequence[float], log: bool = False
-    ) -> _Scale:
-        """Returns a scale for all values, padded at either end by a share of their range."""
-        low, high = (math.log10(end) if log else end for end in (min(values), max(values)))
-        span = max(high - low, 0.3) if log else (high - low) or abs(high) or 1.0
-        ends = low - pads[0] * span, high + pads[1] * span
-        return cls(10.0 ** ends[0], 10.0 ** ends[1], start, end, True) if log else cls(*ends, start, end)
-
-    def __call__(self, value: float) -> float:
-        """Returns the pixel of a value."""
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = (math.log10(max(number, _LEAST)) for number in (low, high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-    def ticks(self, num_ticks: int) -> list[tuple[float, str]]:
-        """Returns about ``num_ticks`` round values on the scale with their labels."""
-        if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            values = [
-                factor * 10.0**decade for decade in decades for factor in ((1, 2, 5) if len(decades) < 5 else (1,))
-            ]
-            return [(value, _power_label(value)) for value in values if self.low <= value <= self.high]
-        values = nice_ticks(self.low, self.high, num_ticks)
-        step = values[1] - values[0] if len(values) > 1 else 1.0
-        return [(value, tick_label(value, step)) for value in values]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +66,6 @@ def both_widths(draw: Callable[[int], str]) -> dict[str, Markup]:
     return {"wide": Markup(draw(WIDE)), "narrow": Markup(draw(NARROW))}
 
 
-def nice_ticks(low: float, high: float, num_ticks: int) -> list[float]:
-    """Returns about ``num_ticks`` round numbers within ``[low, high]``."""
-    raw = (high - low) / max(1, num_ticks)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def tick_label(value: float, step: float) -> str:
-    """Returns a tick's number with as many digits as its step needs."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e5 or step < 1e-4:
-        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    digits += 1 if round(step * 10**digits, 6) % 1 else 0
-    return f"{value:,.{digits}f}".replace("-", "−")
-
-
 def smooth(values: Floats, span: float) -> Floats:
     """Returns the exponential moving mean over about ``span`` values, corrected for its start at 0."""
     keep = 1.0 - 2.0 / (span + 1.0)
@@ -154,6 +93,7 @@ def loss_curve(
     validation: Floats | None = None,
     kept_step: int | None = None,
     name: str = "loss",
+    other: Floats | None = None,
 ) -> str:
     """Draws the loss of each step (faint) and its moving mean (strong), with the learning rate below.
 
@@ -167,38 +107,46 @@ def loss_curve(
         validation: Steps and losses of validations, [V, 2]; None without.
         kept_step: The validated step whose weights were kept, which gets a ring.
         name: What is drawn in the place of the loss.
+        other: A second value of each step, of which the moving mean is drawn.
     """
     floor = height - 28.0
     means = smooth(losses, smoothing_span(len(losses)))
     points = np.zeros((0, 2)) if validation is None else validation
-    shown = np.concatenate([losses, points[:, 1]])
+    others = None if other is None else smooth(other, smoothing_span(len(other)))
+    shown = np.concatenate([losses, points[:, 1], *([] if others is None else [others])])
     span = float(shown.max() - shown.min()) or max(abs(float(shown[0])), 1.0) * 0.1
     low = shown.min() - 0.06 * span
-    y = _Scale(max(0.0, low) if shown.min() >= 0 else low, shown.max() + 0.04 * span, floor, 26.0)
+    y = Scale(max(0.0, low) if shown.min() >= 0 else low, shown.max() + 0.04 * span, floor, 26.0)
     first, last = float(min([steps[0], *points[:, 0]])), float(max([steps[-1], *points[:, 0]]))
-    x = _Scale(first, last if last > first else first + 1.0, 54.0, width - 14.0)
-    parts = [*_y_axis(y, x, f"{name} ({unit})", 5)]
+    x = Scale(first, last if last > first else first + 1.0, 54.0, width - 14.0)
+    parts = [*drawing.y_axis(y, x, f"{name} ({unit})", 5)]
     if len(steps) > 1:
         parts += [_path("raw", steps, losses, x, y), _path("mean", steps, means, x, y)]
     else:
-        parts.append(_circle("dot", x(steps[0]), y(losses[0]), 4))
+        parts.append(drawing.circle("dot", x(steps[0]), y(losses[0]), 4))
+    if others is not None:
+        parts.append(
+            _path("other", steps, others, x, y)
+            if len(steps) > 1
+            else drawing.circle("two", x(steps[0]), y(others[0]), 4)
+        )
     if len(points):
         parts.append(_path("validation", points[:, 0], points[:, 1], x, y))
     for step, loss in points:
-        dot = _circle("dot", x(step), y(loss), 4)
-        rings = [_circle("ring", x(step), y(loss), 8)] if step == kept_step else []
-        parts.append(_group("validation", f"validation after step {step:,.0f}: {loss:.3f}", [dot, *rings]))
+        dot = drawing.circle("dot", x(step), y(loss), 4)
+        rings = [drawing.circle("ring", x(step), y(loss), 8)] if step == kept_step else []
+        parts.append(drawing.group("validation", f"validation after step {step:,.0f}: {loss:.3f}", [dot, *rings]))
     if lrs is not None:
         floor = height + 72.0
-        lr_y = _Scale(0.0, float(lrs.max()) or 1.0, floor, height + 14.0)
-        parts += [*_y_axis(lr_y, x, "learning rate", 2), _path("lr", steps, lrs, x, lr_y)]
+        lr_y = Scale(0.0, float(lrs.max()) or 1.0, floor, height + 14.0)
+        parts += [*drawing.y_axis(lr_y, x, "learning rate", 2), _path("lr", steps, lrs, x, lr_y)]
     ticks = [tick for tick in x.ticks(max(3, width // 130)) if float(tick[0]).is_integer()]
-    parts += [_line("zero", x.start, x.end, floor, floor), *_x_axis(x, floor, "step", ticks)]
+    parts += [drawing.line("zero", x.start, x.end, floor, floor), *drawing.x_axis(x, floor, "step", ticks)]
     parts += _hits(steps, losses, means, x, y, floor)
     label = (
         f"{name.capitalize()} over steps {first:,.0f} to {last:,.0f}, from {losses[0]:.3f} to a mean of {means[-1]:.3f}"
     )
-    return _svg(width, floor + 42, label, parts)
+    return drawing.svg(width, floor + 42, label, parts)
 
 
 def interval_plot(rows: Sequence[Estimate], *, width: int, unit: str, flipped: bool = False) -> str:
@@ -213,26 +161,26 @@ def interval_plot(rows: Sequence[Estimate], *, width: int, unit: str, flipped: b
     room = 16.0 + _ROW_CHARACTER * max(len(row.label) for row in rows)
     left, right, top, row_height = max(130.0 if width > 500 else 122.0, room), width - 22.0, 26.0, 34.0
     ends = [end for row in rows for end in (row.low, row.high, row.value, 0.0) if not math.isnan(end)]
-    x = _Scale.around(ends, left, right, (0.08, 0.08))
+    x = Scale.around(ends, left, right, (0.08, 0.08))
     floor, zero, parts, ticks = top + row_height * len(rows), x(0.0), [], []
     for tick, label in x.ticks(max(3, int(width - left) // 90)):
         sign = "" if tick == 0 else "−" if (tick < 0) != flipped else "+"
         ticks.append((tick, sign + label.removeprefix("−")))
-        parts.append(_line("grid", x(tick), x(tick), top - 4, floor))
-    parts += [*_x_axis(x, floor, unit, ticks), _line("zero", zero, zero, top - 8, floor + 2)]
+        parts.append(drawing.line("grid", x(tick), x(tick), top - 4, floor))
+    parts += [*drawing.x_axis(x, floor, unit, ticks), drawing.line("zero", zero, zero, top - 8, floor + 2)]
     if right - zero > 60:
-        parts.append(_text("tick", zero + 8, top - 12, "better →"))
+        parts.append(drawing.text("tick", zero + 8, top - 12, "better →"))
     if zero - left > 60:
-        parts.append(_text("tick", zero - 8, top - 12, "← worse", "end"))
+        parts.append(drawing.text("tick", zero - 8, top - 12, "← worse", "end"))
     for index, row in enumerate(rows):
         y = top + row_height * (index + 0.5)
-        shapes = [_text("row", left - 14, y + 4.5, row.label, "end")]
+        shapes = [drawing.text("row", left - 14, y + 4.5, row.label, "end")]
         if not math.isnan(row.low):
             low, high = x(row.low), x(row.high)
             whiskers = ((low, high, 0), (low, low, 6), (high, high, 6))
-            shapes += [_line("whisker", x1, x2, y - half, y + half) for x1, x2, half in whiskers]
-        parts.append(_group(row.kind, row.note, [*shapes, _circle("point", x(row.value), y, 5.5)]))
-    return _svg(width, floor + 42, "Differences with 95 % intervals", parts)
+            shapes += [drawing.line("whisker", x1, x2, y - half, y + half) for x1, x2, half in whiskers]
+        parts.append(drawing.group(row.kind, row.note, [*shapes, drawing.circle("point", x(row.value), y, 5.5)]))
+    return drawing.svg(width, floor + 42, "Differences with 95 % intervals", parts)
 
 
 def size_chart(
@@ -258,15 +206,16 @@ def size_chart(
         log_size: Whether the horizontal axis is.
         has_front: Whether a stepped line connects the dots of the Pareto front.
     """
-    floor, least = _SIZE_HEIGHT, _LEAST if log else -math.inf
-    x = _Scale.around([dot.size for dot in dots], 62.0, width - 16.0, (0.06, 0.1), log_size)
+    floor, least = _SIZE_HEIGHT, LEAST if log else -math.inf
+    x = Scale.around([dot.size for dot in dots], 62.0, width - 16.0, (0.06, 0.1), log_size)
     values = [max(min(value, y_max), least) for value in (mark[0], *(dot.value for dot in dots))]
-    y = _Scale.around(values, floor, 30.0, (0.07, 0.07), log)
+    ends = [end for dot in dots for end in (dot.low, dot.high) if math.isfinite(end) and end <= y_max and not log]
+    y = Scale.around([*values, *ends], floor, 30.0, (0.07, 0.07), log)
     marked, *heights = (y(value) for value in values)
     places = [(x(dot.size), height) for dot, height in zip(dots, heights, strict=True)]
-    parts = [*_y_axis(y, x, titles[1], 6), *_x_axis(x, floor, titles[0], x.ticks(max(3, width // 130)))]
-    parts += [_line("zero", x.start, x.end, floor, floor), _line("limit", x.start, x.end, marked, marked)]
-    parts.append(_text("tick", x.end, marked - 6, mark[1], "end"))
+    parts = [*drawing.y_axis(y, x, titles[1], 6), *drawing.x_axis(x, floor, titles[0], x.ticks(max(3, width // 130)))]
+    parts += [drawing.line("zero", x.start, x.end, floor, floor), drawing.line("limit", x.start, x.end, marked, marked)]
+    parts.append(drawing.text("tick", x.end, marked - 6, mark[1], "end"))
     if has_front:
         parts.append(_steps([place for dot, place in zip(dots, places, strict=True) if dot.kind != "other"]))
     taken: list[Box] = [(left - 6, top - 6, 12, 12) for left, top in places]
@@ -275,7 +224,7 @@ def size_chart(
     order = sorted(zip(dots, places, strict=True), key=lambda pair: ("chosen", "front", "other").index(pair[0].kind))
     parts += [_dot(dot, *place, y, y_max) for dot, place in reversed(order)]  # the chosen one is drawn on top
     parts += [_label(dot, *place, taken, x) for dot, place in order]  # and labelled first
-    return _svg(width, floor + 42, f"{titles[1]} against {titles[0]}", parts)
+    return drawing.svg(width, floor + 42, f"{titles[1]} against {titles[0]}", parts)
 
 
 def _steps(places: Sequence[tuple[float, float]]) -> str:
@@ -285,22 +234,24 @@ def _steps(places: Sequence[tuple[float, float]]) -> str:
         if y > lowest:
             line += f"H{x:.1f}V{y:.1f}" if line else f"M{x:.1f},{y:.1f}"
             lowest = y
-    return _tag("path", class_="steps", d=line)
+    return drawing.tag("path", class_="steps", d=line)
 
 
-def _dot(dot: Estimate, x: float, y: float, scale: _Scale, y_max: float) -> str:
+def _dot(dot: Estimate, x: float, y: float, scale: Scale, y_max: float) -> str:
     is_above = dot.value > y_max
     shapes = []
     if not is_above and not math.isnan(dot.low):
         low, high = (scale(min(max(end, scale.low), y_max)) for end in (dot.low, dot.high))
-        shapes.append(_line("bar", x, x, low, high))
+        shapes.append(drawing.line("bar", x, x, low, high))
     if dot.kind == "chosen":
-        shapes.append(_circle("ring", x, y, 10))
-    arrow = _tag("path", class_="dot", d=f"M{x:.1f},{y - 7:.1f}l5.5,9h-11z")
-    return _group(f"format {dot.kind}", dot.note, [*shapes, arrow if is_above else _circle("dot", x, y, 5)])
+        shapes.append(drawing.circle("ring", x, y, 10))
+    arrow = drawing.tag("path", class_="dot", d=f"M{x:.1f},{y - 7:.1f}l5.5,9h-11z")
+    return drawing.group(
+        f"format {dot.kind}", dot.note, [*shapes, arrow if is_above else drawing.circle("dot", x, y, 5)]
+    )
 
 
-def _label(dot: Estimate, x: float, y: float, taken: list[Box], scale: _Scale) -> str:
+def _label(dot: Estimate, x: float, y: float, taken: list[Box], scale: Scale) -> str:
     """Returns the name next to its dot where it covers nothing; otherwise only the tooltip has it."""
     length, reach = _CHARACTER * len(dot.label), 14.0 if dot.kind == "chosen" else 9.0
     places = [
@@ -315,7 +266,7 @@ def _label(dot: Estimate, x: float, y: float, taken: list[Box], scale: _Scale) -
         is_inside = scale.start <= left <= scale.end - length and 24 <= y + dy <= _SIZE_HEIGHT - 3
         if is_inside and not any(_overlap(box, other) for other in taken):
             taken.append(box)
-            return _text(f"name {dot.kind}", x + dx, y + dy, dot.label, anchor)
+            return drawing.text(f"name {dot.kind}", x + dx, y + dy, dot.label, anchor)
     return ""
 
 
@@ -323,20 +274,7 @@ def _overlap(one: Box, other: Box) -> bool:
     return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
 
 
-def _y_axis(y: _Scale, x: _Scale, title: str, num_ticks: int) -> list[str]:
-    parts = [_text("axis", x.start, y.end - 14, title)]
-    for value, label in y.ticks(num_ticks):
-        parts.append(_line("grid", x.start, x.end, y(value), y(value)))
-        parts.append(_text("tick", x.start - 8, y(value) + 4, label, "end"))
-    return parts
-
-
-def _x_axis(x: _Scale, floor: float, title: str, ticks: Sequence[tuple[float, str]]) -> list[str]:
-    labels = [_text("tick", x(value), floor + 17, label, "middle") for value, label in ticks]
-    return [*labels, _text("axis", (x.start + x.end) / 2, floor + 35, title, "middle")]
-
-
-def _hits(steps: Floats, losses: Floats, means: Floats, x: _Scale, y: _Scale, floor: float) -> list[str]:
+def _hits(steps: Floats, losses: Floats, means: Floats, x: Scale, y: Scale, floor: float) -> list[str]:
     """Returns invisible columns that show their step's numbers under the pointer."""
     num_hits = min(int(x.end - x.start) // _HIT_WIDTH, len(steps))
     chosen = np.unique(np.linspace(0, len(steps) - 1, num_hits).astype(int))
@@ -347,12 +285,12 @@ def _hits(steps: Floats, losses: Floats, means: Floats, x: _Scale, y: _Scale, fl
         anchor, shift = ("end", -8) if place > x.end - 150 else ("start", 8)
         note = f"step {steps[index]:,.0f}: {losses[index]:.3f}, mean {means[index]:.3f}"
         shapes = (
-            _tag("rect", x=left, y=y.end, width=max(right - left, 0.1), height=floor - y.end),
-            _line(None, place, place, y.end, floor),
-            _circle(None, place, y(means[index]), 4),
-            _text(None, place + shift, y.end + 26, note, anchor),
+            drawing.tag("rect", x=left, y=y.end, width=max(right - left, 0.1), height=floor - y.end),
+            drawing.line(None, place, place, y.end, floor),
+            drawing.circle(None, place, y(means[index]), 4),
+            drawing.text(None, place + shift, y.end + 26, note, anchor),
         )
-        parts.append(_tag("g", "".join(shapes), class_="hit"))
+        parts.append(drawing.tag("g", "".join(shapes), class_="hit"))
     return parts
 
 
@@ -365,41 +303,6 @@ def _thin(values: Floats) -> npt.NDArray[np.intp]:
     return np.unique([0, *ends, len(values) - 1])
 
 
-def _path(style: str, xs: Floats, ys: Floats, x: _Scale, y: _Scale) -> str:
+def _path(style: str, xs: Floats, ys: Floats, x: Scale, y: Scale) -> str:
     points = (f"{x(xs[index]):.1f},{y(ys[index]):.1f}" for index in _thin(ys))
-    return _tag("path", class_=style, d="M" + "L".join(points))
-
-
-def _line(style: str | None, x1: float, x2: float, y1: float, y2: float) -> str:
-    return _tag("line", class_=style, x1=x1, x2=x2, y1=y1, y2=y2)
-
-
-def _circle(style: str | None, x: float, y: float, radius: float) -> str:
-    return _tag("circle", class_=style, cx=x, cy=y, r=radius)
-
-
-def _text(style: str | None, x: float, y: float, text: str, anchor: str | None = None) -> str:
-    return _tag("text", escape(text), class_=style, x=x, y=y, text_anchor=anchor)
-
-
-def _group(style: str, note: str, shapes: Sequence[str]) -> str:
-    return _tag("g", _tag("title", escape(note)) + "".join(shapes), class_=style)
-
-
-def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
-    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
-    return f'<svg class="chart" {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
-
-
-def _tag(name: str, content: str | None = None, /, **attributes: str | float | None) -> str:
-    """Returns an element; ``content`` is markup, attributes of None are left out, numbers have one decimal."""
-    written = [name]
-    for key, value in attributes.items():
-        if value is not None:
-            text = escape(value) if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
-            written.append(f'{key.removesuffix("_").replace("_", "-")}="{text}"')
-    return f"<{' '.join(written)}/>" if content is None else f"<{' '.join(written)}>{content}</{name}>"
-
-
-def _power_label(value: float) -> str:
-    return f"{value:g}" if value >= 1e-4 else f"{value:.0e}".replace("e-0", "e−")
+    return drawing.tag("path", class_=style, d="M" + "L".join(points))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ingle.report.charts import nice_ticks, tick_label
+from ingle.report.drawing import nice_ticks, tick_label
 from ingle.wording import size
 
 #: Parts of memory in the order of the bars, with their names and colors; distinguishable without color vision.

@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 from rapidfuzz.distance import LCSseq
 
 from ingle.config.loader import run_to_yaml
 from ingle.config.objective import Classify, ObjectiveConfig, ObjectiveKind
 from ingle.config.run import Run
-from ingle.report import charts, verdicts
+from ingle.report import charts, training_curves, verdicts
 from ingle.report.charts import Estimate, both_widths
 from ingle.report.metrics import Metric, find_metric
-from ingle.report.results import MetricComparison, Pair, RunReport, SampleComparison, ValidationReport
+from ingle.report.results import MetricComparison, Pair, RunReport, SampleComparison
 from ingle.report.run_details import adapter_words, compare_memory, list_facts
 from ingle.report.templates import render
 from ingle.wording import plural, size
@@ -70,7 +69,7 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
         correction=verdicts.correction(len(report.metrics)),
         classes=_classes(report),
         interval_charts=_interval_charts(report.metrics),
-        curves=_curves(run, steps, report.validation),
+        curves=training_curves.draw(loss_unit(run.objective), steps, report.validation),
         groups=_groups(report),
         facts=list_facts(run, report),
         memory=compare_memory(report),
@@ -195,64 +194,6 @@ def loss_unit(objective: ObjectiveConfig) -> str:
     if isinstance(objective, Classify) and objective.problem == "regression":
         return "mean squared error"
     return _UNITS[objective.kind]
-
-
-#: What is drawn of a run that samples answers, if it is there: column, title and unit.
-_OF_ANSWERS = (
-    ("reward", "Reward", "of an answer"),
-    ("kl", "Divergence from the reference", "nats per answer"),
-    ("response_tokens", "Length of answers", "tokens"),
-    ("entropy", "Entropy", "nats per token"),
-)
-
-
-def _curves(run: Run, steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None) -> list[dict[str, Any]]:
-    """Returns the loss over the steps; where answers have rewards, these and what to watch next to them."""
-    if not any("reward" in row for row in steps):
-        loss = _curve(steps, validation, "loss", "Training loss", loss_unit(run.objective))
-        return [] if loss is None else [loss]
-    found = [_curve(steps, validation if key == "reward" else None, key, *names) for key, *names in _OF_ANSWERS]
-    return [curve for curve in found if curve is not None]
-
-
-def _curve(
-    steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None, key: str, title: str, unit: str
-) -> dict[str, Any] | None:
-    """Returns a figure over the steps; None if no step has it."""
-    rows = [row for row in steps if key in row and math.isfinite(row[key])]
-    if not rows:
-        return None
-    number, losses = (np.array([row[name] for row in rows], dtype=np.float64) for name in ("step", key))
-    has_rates = key in ("loss", "reward") and all("lr" in row for row in rows)
-    lrs = np.array([row["lr"] for row in rows], dtype=np.float64) if has_rates else None
-    means = charts.smooth(losses, charts.smoothing_span(len(losses)))
-    sign = -1.0 if key == "reward" else 1.0  # a validation's loss is minus the reward
-    points = None if validation is None else np.array([(each.step, sign * each.loss) for each in validation.history])
-    kept_step = None if validation is None else validation.kept_step
-
-    def draw(width: int) -> str:
-        height = 300 if width > 500 else 230
-        return charts.loss_curve(
-            number,
-            losses,
-            lrs,
-            width=width,
-            height=height,
-            unit=unit,
-            validation=points,
-            kept_step=kept_step,
-            name="loss" if key == "loss" else title,
-        )
-
-    return {
-        **both_widths(draw),
-        "title": title,
-        "validation": None if validation is None else validation.verdict,
-        "first": f"{losses[0]:.3f}",
-        "last": f"{means[-1]:.3f}",
-        "span": charts.smoothing_span(len(losses)),
-        "num_steps": f"{int(number[-1]):,}",
-    }
 
 
 def _groups(report: RunReport) -> list[dict[str, Any]]:

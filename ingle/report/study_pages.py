@@ -28,14 +28,14 @@ def study_tables(content: Content, study: str) -> tuple[list[Table], list[str]]:
         lines = [
             f"{row['name']} is not possible here: {row['refused']}" for row in content["methods"] if row["refused"]
         ]
-        tables = [("methods", _method_rows(content)), ("what they cost", _cost_rows(content))]
+        tables = [("Methods", _method_rows(content)), ("What they cost", _cost_rows(content))]
         return tables, [_method_sentence(content), *lines]
     chosen = content["recommendation"]
     lines = [chosen["reason"]]
     if chosen["rank"] is not None:
         options = f"--adapter.rank={chosen['rank']} --optim.lr={chosen['lr']:g}"
         lines.append(f"Recommended: {options} (ranks {chosen['low']} to {chosen['high']} at 95 %)")
-    return [("ranks", _rank_rows(content)), *_curve_tables(content)], lines
+    return [("Ranks", _rank_rows(content)), *_curve_tables(content)], lines
 
 
 def render_study_page(content: Content, study: str) -> str:
@@ -80,7 +80,7 @@ def _rank_rows(content: Content) -> list[dict[str, str]]:
             "parameters": count(row["parameters"]),
             "loss": f"{row['score']:.4f}",
             "above the best": f"{row['difference']:.4f} [{row['ci95'][0]:.4f}, {row['ci95'][1]:.4f}]",
-            "p": f"{row['p_vs_best']:.2g}",
+            "p": _probability(row["p_vs_best"]),
             "learning rate": _rate(row),
         }
         for row in content["ranks"]
@@ -97,7 +97,7 @@ def _curve_tables(content: Content) -> Iterator[Table]:
                     "loss": f"{point['mean']:.4f}",
                     "over seeds": "" if point["se"] is None else f"± {point['se']:.4f}",
                     "over rates": f"{point['over_rates']['low']:.4f} to {point['over_rates']['high']:.4f}",
-                    "of the gain": f"{100 * _gain(content, point['mean']):.0f} %",
+                    "of the gain": f"{100 * _gain(curve, point['mean']):.1f} %",
                     "learning rate": _rate(point),
                 }
                 for point in curve["points"]
@@ -126,7 +126,7 @@ def _method_rows(content: Content) -> list[dict[str, str]]:
             "method": f"{row['name']}{' ●' if row.get('front') else ''}",
             content["score"]["name"]: _interval(row["score"]),
             f"worse than {reference} by": _difference(row),
-            "p": f"{row['worse_by']['p_holm']:.2g}" if "worse_by" in row else "",
+            "p": _probability(row["worse_by"]["p_holm"]) if "worse_by" in row else "",
             "learning rate": _rate(row),
         }
         for row in _measured(content)
@@ -171,7 +171,7 @@ def _method_charts(content: Content) -> Iterator[dict[str, Any]]:
     rows = [row for row in _measured(content) if row["parameters"] > 0]
     reference = next((row for row in rows if row["name"] == content["score"]["reference"]), rows[0])
 
-    def chart(heading: str, key: str, across: str, note: str) -> dict[str, Any]:
+    def chart(heading: str, key: str, across: str, note: str, unit: float = 1.0) -> dict[str, Any]:
         dots = [
             Estimate(
                 row["name"],
@@ -181,7 +181,7 @@ def _method_charts(content: Content) -> Iterator[dict[str, Any]]:
                 "chosen" if row["name"] == best else "front" if row["front"] else "other",
                 f"{row['name']}: {name} {_interval(row['score'])}, {count(row['parameters'])} parameters, "
                 f"{size(row['peak_memory_bytes'])}, {row['step_s']:.3g} s per step",
-                row[key],
+                row[key] / unit,
             )
             for row in rows
         ]
@@ -191,7 +191,7 @@ def _method_charts(content: Content) -> Iterator[dict[str, Any]]:
             titles=(across, name),
             mark=(reference["score"]["value"], reference["name"]),
             log=False,
-            log_size=True,
+            log_size=key == "parameters",
             has_front=False,
         )
         return {"heading": heading, "note": note, **both_widths(lambda width: draw(width=width))}
@@ -203,7 +203,8 @@ def _method_charts(content: Content) -> Iterator[dict[str, Any]]:
         "Bars are 95 % intervals over seeds and rows; differences between methods are paired.",
     )
     yield chart("Score and time", "step_s", "seconds per step", "The fastest trial of each method.")
-    yield chart("Score and memory", "peak_memory_bytes", "bytes", "The highest memory in a step of training.")
+    note = "The highest memory in a step of training: on a GPU what is allocated, on a CPU that of the process."
+    yield chart("Score and memory", "peak_memory_bytes", "MiB", note, 2.0**20)
 
 
 def _measured(content: Content) -> list[Mapping[str, Any]]:
@@ -221,9 +222,8 @@ def _difference(row: Mapping[str, Any]) -> str:
 
 
 def _curve_charts(content: Content) -> Iterator[dict[str, Any]]:
-    score = content["score"]
-    target = score["floor"] - content["threshold"] * (score["floor"] - score["ceiling"])
     for curve in content["curves"]:
+        target = curve["floor"] - content["threshold"] * (curve["floor"] - curve["ceiling"])
         dots = [
             Estimate(
                 f"{point['d']:,}",
@@ -287,7 +287,7 @@ def _rank_charts(content: Content) -> Iterator[dict[str, Any]]:
 
 def _title(curve: Mapping[str, Any]) -> str:
     space = "all weights" if curve["rank"] is None else f"LoRA of rank {curve['rank']}"
-    return f"{curve['method'].upper()} in the space of {space}"
+    return f"Random directions ({curve['method'].upper()}) in the space of {space}"
 
 
 def _dimension_text(curve: Mapping[str, Any]) -> str:
@@ -301,13 +301,16 @@ def _dimension_text(curve: Mapping[str, Any]) -> str:
     return f"The target needs about {d90['value']:,.0f} directions, 95 % interval {low} to {high}."
 
 
-def _gain(content: Content, loss: float) -> float:
-    score = content["score"]
-    return float((score["floor"] - loss) / ((score["floor"] - score["ceiling"]) or 1.0))
+def _gain(curve: Mapping[str, Any], loss: float) -> float:
+    return float((curve["floor"] - loss) / ((curve["floor"] - curve["ceiling"]) or 1.0))
 
 
 def _bars(mean: float, stderr: float | None) -> tuple[float, float]:
     return (math.nan, math.nan) if stderr is None else (mean - stderr, mean + stderr)
+
+
+def _probability(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"  # resampling does not resolve less
 
 
 def _rate(row: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+#: What may stand inside of a number: LaTeX's spelling of a separator, and the sign of a currency behind a minus.
+_LATEX_COMMA, _CURRENCY = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d)"), re.compile(r"(?<=[-+])\s?[$£€¥]\s?(?=[\d.])")
 #: A number inside a text. A minus behind a digit, a letter or a bracket is an operator or a hyphen, not a sign.
 _INSIDE = re.compile(r"(?:(?<![\w)\]])[-+])?(?:\d+(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d{1,3}\b)?")
 
@@ -35,11 +37,17 @@ def normalize(text: str) -> str:
 
 def last_number(text: str) -> Decimal | None:
     """Returns the last number of a text, which may have separators between thousands; None without one."""
-    found = _INSIDE.findall(_THOUSANDS.sub("", text.replace("\N{MINUS SIGN}", "-")))
+    found = _INSIDE.findall(_plain(text))
     return Decimal(found[-1]) if found else None
 
 
 def first_number(text: str) -> Decimal | None:
     """Returns the first number of a text; None without one."""
-    found = _INSIDE.search(_THOUSANDS.sub("", text.replace("\N{MINUS SIGN}", "-")))
+    found = _INSIDE.search(_plain(text))
     return Decimal(found[0]) if found else None
+
+
+def _plain(text: str) -> str:
+    """Returns a text with its numbers spelled as in Python: no separators, a plain minus next to the digits."""
+    text = _LATEX_COMMA.sub(",", text.replace("\N{MINUS SIGN}", "-"))
+    return _THOUSANDS.sub("", _CURRENCY.sub("", text))

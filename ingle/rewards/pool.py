@@ -127,8 +127,7 @@ class RewardPool:
                     errors[row, at] = error
         shown = [line[:_MAX_LINE_CHARS] for line in printed[: self._lines]]
         self._lines -= len(shown)
-        metrics = {name: sum(numbers) / len(numbers) for name, numbers in logged.metrics.items()}
-        return Scores(values, tuple(map(tuple, statuses)), errors, logged.extra, metrics, tuple(shown))
+        return Scores(values, tuple(map(tuple, statuses)), errors, logged.extra, logged.means(), tuple(shown))
 
 
 class _Logged:
@@ -148,6 +147,14 @@ class _Logged:
         for name, value in metrics.items() if isinstance(metrics, dict) else ():
             if isinstance(value, float) and np.isfinite(value):
                 self.metrics[name].append(value)
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean of each number that was logged, for the call or for each answer."""
+        of_answers = {
+            name: [float(value) for value in values if isinstance(value, int | float) and np.isfinite(value)]
+            for name, values in self.extra.items()
+        }
+        return {name: sum(numbers) / len(numbers) for name, numbers in (of_answers | self.metrics).items() if numbers}
 
 
 class _Call:

@@ -14,6 +14,8 @@ Rule = Callable[[str, Sequence[int], Mapping[str, Any]], float | None]
 
 #: What stands before the result of a solution of GSM8K.
 _MARK = "####"
+#: What marks the result of a solution in LaTeX.
+_BOX = "\\boxed{"
 #: verl's strict parser, which reads the last characters alone.
 _VERL, _VERL_CHARS = re.compile(r"#### (\-?[0-9\.\,]+)"), 300
 
@@ -24,7 +26,7 @@ def make(options: Mapping[str, Any]) -> Rule:
     Raises:
         RewardError: A regular expression is invalid.
     """
-    rule, column = _MAKERS[options["kind"]](options), str(options.get("column"))
+    rule, column = _MAKERS[options["kind"]](options), options.get("column", "")
 
     def known(text: str, ids: Sequence[int], columns: Mapping[str, Any]) -> float | None:
         return None if column in columns and columns[column] is None else rule(text, ids, columns)
@@ -53,7 +55,7 @@ def _exact_match(options: Mapping[str, Any]) -> Rule:
 
 
 def _number(options: Mapping[str, Any]) -> Rule:
-    read = {"last": last_number, "gsm8k": _behind_mark, "verl": _verl_number}[options["style"]]
+    read = {"last": _final_number, "gsm8k": _behind_mark, "verl": _verl_number}[options["style"]]
 
     def rule(text: str, ids: Sequence[int], columns: Mapping[str, Any]) -> float:
         reference = str(_column(columns, options["column"]))
@@ -70,6 +72,10 @@ def _number(options: Mapping[str, Any]) -> Rule:
         return 1.0 if right else float(options["format_score"])
 
     return rule
+
+
+def _final_number(text: str) -> Decimal | None:
+    return first_number(text.rpartition(_BOX)[2]) if _BOX in text else last_number(text)
 
 
 def _behind_mark(text: str) -> Decimal | None:

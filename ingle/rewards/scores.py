@@ -33,7 +33,7 @@ class Group:
         completion_ids: The tokens of each answer, with the one that ended it.
         columns: The other columns of the row, as JSON; functions get them by name.
         finished: Whether the policy ended each answer, [G]; empty for all. Functions get it as ``finished``.
-        state: Progress of the run: ``global_step``, ``max_steps``, ``epoch``.
+        state: Progress of the run before these answers, under the names of TRL's ``trainer_state``.
     """
 
     prompt: str | Sequence[Mapping[str, Any]]
@@ -41,7 +41,7 @@ class Group:
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Any] = field(default_factory=dict)
     finished: Sequence[bool] = ()
-    state: Mapping[str, float] = field(default_factory=dict)
+    state: Mapping[str, float] = field(default_factory=lambda: {"global_step": 0, "max_steps": 1, "epoch": 0.0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Scores:
         statuses: How the scoring of each answer by each reward ended, [G][F].
         errors: What went wrong, by answer and reward.
         extra: Values per answer that functions logged, by name, [G].
-        metrics: Mean of each number that functions logged.
+        metrics: Mean of each number that functions logged, for a call or for its answers.
         printed: Lines that functions printed; only the first ones of a run.
     """
 

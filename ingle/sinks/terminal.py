@@ -125,6 +125,8 @@ class Terminal:
         if "reward" in event.metrics:  # the loss of a policy says little
             kl = f"  kl {event.metrics['kl']:.3g}" if "kl" in event.metrics else ""
             loss = f"reward {event.metrics['reward']:.4f}{kl}"
+        elif "rewards/accuracy" in event.metrics:
+            loss += f"  accuracy {event.metrics['rewards/accuracy']:.2f}"
         facts = f"{loss}  {speed}  lr {event.lr:.2e}"
         is_last = event.step == self._num_steps
         if self.console.is_terminal:
@@ -192,12 +194,13 @@ class Terminal:
             self._since.pop(event.stage, None)
 
     def _warn(self, event: Warned) -> None:
-        self._warnings[event.message] += event.count
+        word, style = ("Note", "") if event.is_note else ("Warning", "yellow")
+        self._warnings[event.message] += event.count * (not event.is_note)
         if event.message not in self._printed:
             self._printed[event.message] = event.count
             where = f" [{event.where}]" if event.where else ""
             often = f" ({event.count:,} times)" if event.count > 1 and str(event.count) not in event.message else ""
-            self._print(f"Warning: {event.message}{often}{where}", style="yellow")
+            self._print(f"{word}: {event.message}{often}{where}", style=style)
 
     def _progress(self) -> Progress:
         if self._live is None:

@@ -158,12 +158,9 @@ def _scale(request: MethodRequest, num_methods: int, sink: Sink) -> tuple[int, t
             why=f"{plural(num_trials, 'trial')} of about {duration(each_s)}",
             fix="a smaller --steps, fewer --methods, or a larger --budget",
         )
-    sink(
-        Warned(
-            f"About {plural(num_trials, 'trial')} of {plural(steps, 'step')}, {duration(seconds)} "
-            f"({duration(each_s)} each), and the evaluation of the task."
-        )
-    )
+    more = ", and the evaluation of the task" if request.run.task else ""
+    trials_of = f"{plural(num_trials, 'trial')} of {plural(steps, 'step')}"
+    sink(Warned(f"About {trials_of}, {duration(seconds)} ({duration(each_s)} each){more}."))
     return steps, tuple(range(request.run.seed, request.run.seed + count)), seconds
 
 

@@ -58,18 +58,23 @@ class Curve:
         method: ``did`` or ``said``.
         rank: The rank of the LoRA in whose space the subspaces are; None for all weights.
         points: By rising dimension.
-        d90: The smallest dimension that reaches the target.
+        floor: Loss before the first step.
+        ceiling: Loss of unrestricted training in this space.
+        d90: The smallest dimension that reaches the target, a share of the way from ``floor`` to ``ceiling``.
     """
 
     method: Literal["did", "said"]
     rank: int | None
     points: tuple[Point, ...]
+    floor: float
+    ceiling: float
     d90: Dimension
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures."""
         points = [point.to_dict() for point in self.points]
-        return {"method": self.method, "rank": self.rank, "points": points, "d90": self.d90.to_dict()}
+        ends = {"floor": self.floor, "ceiling": self.ceiling}
+        return {"method": self.method, "rank": self.rank, "points": points, **ends, "d90": self.d90.to_dict()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +248,8 @@ class _Study:
         """Measures subspaces of rising dimension, until some beyond the target are known."""
         points: list[Point] = []
         floor, ceiling = row.choice.start_tables(), row.choice.tables()
-        low, high = float(mean_losses(floor).mean()), float(mean_losses(ceiling).mean())
-        target = low - self._request.threshold * (low - high)
+        before, after = (float(mean_losses(tables).mean()) for tables in (floor, ceiling))
+        target = before - self._request.threshold * (before - after)
         for dim in self._grid.dims:
             if dim >= row.parameters or sum(_loss(point) <= target for point in points) >= _BEYOND:
                 break
@@ -262,7 +267,7 @@ class _Study:
             )
         dims, tables = [point.dim for point in points], [point.choice.tables() for point in points]
         d90 = find_dimension(dims, tables, floor, ceiling, self._request.threshold)
-        return Curve(method, row.rank, tuple(points), d90)
+        return Curve(method, row.rank, tuple(points), before, after, d90)
 
     def layers(self, rows: Sequence[RankRow], recommended: RankRow) -> tuple[dict[str, int], list[LayerRank]]:
         """Returns ranks by layer if they are better than one rank for all, and the directions that each layer uses."""
@@ -349,9 +354,9 @@ def _recommend(
     if len(rows) == 1:
         reason = [f"Rank {chosen.rank} is the only one that was tried.", reason[-1]]
     elif chosen is rows[-1]:
-        reason.append("It is the largest that was tried, so a larger one may be better.")
+        reason.insert(1, "It is the largest that was tried, so a larger one may be better.")
     if chosen.choice.at_edge:
-        reason.append("Its best learning rate is at the edge of the rates that were tried.")
+        reason.append(f"The best learning rate of rank {chosen.rank} is at the edge of the rates that were tried.")
     if pattern:
         reason.append("Ranks by layer were better than one rank for all, at an equal sum of ranks.")
     return Recommendation(chosen.rank, min(equal), max(equal), chosen.choice.lr, " ".join(reason), pattern)

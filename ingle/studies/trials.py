@@ -28,6 +28,7 @@ from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError, NonFiniteError
 from ingle.events import Event, Sink, Warned
+from ingle.kernels.allocator import return_freed_memory
 from ingle.report.results import RunReport
 from ingle.training.checkpoint import read
 from ingle.training.folder import RunFolder
@@ -183,6 +184,8 @@ class Trials:
         folder = RunFolder(Path(run.output))
         score = _read(folder.path / RESULT)
         if score is None:
+            gc.collect()  # the model of the last run is in reference cycles
+            return_freed_memory()  # its memory is not to count as that of this trial
             began = time.monotonic()
             score = self._measure(trial, run, folder)
             self.seconds += time.monotonic() - began
@@ -191,7 +194,6 @@ class Trials:
             write_atomically(folder.path / RESULT, json.dumps(known, allow_nan=False).encode())
             if score.failure is None:  # a finished run does not need them
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)
-            gc.collect()  # the model of a run is in reference cycles
         self.scores.append(score)
         return score
 

@@ -7,6 +7,7 @@ the loss falls by the others.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -46,18 +47,28 @@ class Movement:
         num_steps: Steps of the run.
         adapter: What is trained.
         mesh: The ranks; each compares the rows that it holds.
+        idle: Tensors that the loss does not move; see :class:`ingle.objectives.StepModule`.
     """
 
     def __init__(
-        self, optimizer: Optimizer, config: OptimConfig, num_steps: int, *, adapter: AdapterConfig, mesh: Mesh
+        self,
+        optimizer: Optimizer,
+        config: OptimConfig,
+        num_steps: int,
+        *,
+        adapter: AdapterConfig,
+        mesh: Mesh,
+        idle: Collection[str] = (),
     ) -> None:
         self._optimizer, self._adapter, self._mesh = optimizer, adapter, mesh
         self._gradients_by = min(FIRST_STEPS, num_steps)
         # In a long warm-up, the first updates may be smaller than the spacing of float32.
         self._values_by = min(max(FIRST_STEPS, warmup_steps(config, num_steps)), num_steps)
         updates = sum(learning_rate(config, step, num_steps) > 0 for step in range(1, self._gradients_by + 1))
-        self._is_long_enough = updates > 1  # in the first step, the gradient of LoRA's A is zero
-        self._before = {name: _digest(local(master)) for name, master in optimizer.named_masters()}
+        # LoRA's A has no gradient in the first step, and under a value head that begins at zero, none in the second.
+        self._is_long_enough = updates > 2
+        masters = optimizer.named_masters()
+        self._before = {name: _digest(local(master)) for name, master in masters if name not in idle}
 
     def check(self, step: int, sink: Sink) -> None:
         """Checks the tensors after a step; does nothing after most steps. All ranks call it together.
@@ -77,7 +88,8 @@ class Movement:
         if step == self._values_by:
             resting = self._optimizer.resting()
             masters = self._optimizer.named_masters()
-            same = {name for name, master in masters if self._before[name] == _digest(local(master))} - resting
+            watched = [(name, master) for name, master in masters if name in self._before]
+            same = {name for name, master in watched if self._before[name] == _digest(local(master))} - resting
             same = {name for name in same if not name.endswith(_REMOVED)}
             unmoved = [name for name in self._on_all_ranks(same) if name not in unused]
             if unmoved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -26,11 +27,11 @@ from ingle.models import Model, ModelTask, forward_reward, load_model
 from ingle.objectives.judged import JudgedLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
-from ingle.objectives.reference_cache import ReferenceCache, answer_keys
+from ingle.objectives.reference_cache import ReferenceCache, answer_keys, open_cache
 from ingle.objectives.reward import RewardLoss
 from ingle.parallel import Mesh
 from ingle.training.steps import compute_gradients, prepare, weighted_mean
-from tests.axis import write_model
+from tests.axis import Plenty, write_model
 
 MESH = Mesh(torch.device("cpu"))
 ROWS = 8
@@ -94,7 +95,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return made
 
 
-def make_objective(models: dict[str, Model], name: str, *, micro: int, shares: bool) -> PreferenceObjective:
+def make_objective(
+    models: dict[str, Model], name: str, *, micro: int, shares: bool, **more: Any
+) -> PreferenceObjective:
     """The objective over a model."""
     config: Any = TypeAdapter(ObjectiveConfig).validate_python({"kind": name.split()[0], **OBJECTIVES[name]})
     model = models["reward" if config.kind == "reward" else "lm"]
@@ -104,6 +107,7 @@ def make_objective(models: dict[str, Model], name: str, *, micro: int, shares: b
         "micro_batch_size": micro,
         "mesh": MESH,
     }
+    options |= more
     arguments = DATASET, SequenceSampler(SEQUENCES, 0, True)
     initial = partial(disabled, model)
     if config.kind == "reward":
@@ -178,6 +182,26 @@ def test_tdpo_compares_the_divergences_of_whole_answers(models: dict[str, Model]
     assert (gradient - wanted).norm() <= 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("name", ["dpo", pytest.param("bco", marks=pytest.mark.sweep)])
+def test_the_divergence_along_the_answers_is_measured(models: dict[str, Model], name: str) -> None:
+    """From the logits of both models; ``kl`` does not depend on how the step is cut, and other steps have none."""
+    model, divergences = models["lm"], []
+    for document in range(len(DATASET)):
+        sample = DATASET.sample(document)
+        ids, places = torch.from_numpy(sample.input_ids)[None].long(), np.flatnonzero(sample.labels >= 0)
+        with torch.no_grad():
+            own = model(ids).logits[0, places - 1].log_softmax(-1)
+            with disabled(model):
+                reference = model(ids).logits[0, places - 1].log_softmax(-1)
+        divergences += [float((own.exp() * (own - reference)).sum())] if len(places) else []
+    for micro, shares in ((3, True), (ROWS, False)):
+        objective = make_objective(models, name, micro=micro, shares=shares, kl_steps={2})
+        for step, expected in ((2, np.mean(divergences)), (3, None)):
+            assert objective.collect(step, Plenty(), lambda event: None)
+            found, _ = take_steps(objective)
+            assert found.get("kl") == (expected and pytest.approx(expected, rel=1e-6)), (micro, step)
+
+
 def test_the_baseline_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(models: dict[str, Model]) -> None:
     objective = make_objective(models, "kto", micro=2, shares=True)
     assert isinstance(objective, JudgedObjective)
@@ -222,7 +246,9 @@ def test_values_of_the_reference_are_found_by_content(models: dict[str, Model], 
     expected, _ = take_steps(first)
     state = first.state_dict()
     (file,) = state["files"]
-    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / file).read_bytes()[:-7])
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-7])
+    (tmp_path / "damaged.safetensors").write_bytes(content[:-7] + bytes([content[-7] ^ 1]) + content[-6:])
 
     # Other micro-batches, shared prompts, and a process that cannot compute the reference.
     second = make_objective(models, name, micro=ROWS, shares=True)
@@ -234,6 +260,23 @@ def test_values_of_the_reference_are_found_by_content(models: dict[str, Model], 
     second.load_state_dict({**state, "counter": 0, "files": []})
     with pytest.raises(AssertionError, match="computed again"):
         take_steps(second)
+
+
+def test_a_reference_is_its_weights_and_what_is_computed_with_them(
+    models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INGLE_CACHE", str(tmp_path))
+    config = copy.deepcopy(models["lm"].config)
+
+    def folder(digest: str = "a", dtype: torch.dtype = torch.float32) -> Path:
+        return open_cache(digest, config, dtype, MESH.device)._folder
+
+    first = folder()
+    config._name_or_path = "elsewhere"
+    assert folder() == first
+    assert len({first, folder("b"), folder(dtype=torch.bfloat16)}) == 3
+    config.rms_norm_eps *= 2
+    assert folder() != first
 
 
 def test_keys_of_answers_tell_every_token_and_not_the_batch(models: dict[str, Model]) -> None:

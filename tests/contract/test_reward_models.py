@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForSequenceClassification
 
 from ingle import prediction, scoring
+from ingle.assembly import assemble
 from ingle.config.evaluate import TaskConfig
 from ingle.config.run import Run
 from ingle.evaluation.run.reward_source import LengthSource
@@ -43,6 +46,35 @@ def test_its_accuracy_stands_next_to_that_of_lengths(run: Path) -> None:
     longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs) / 30
     shorter = sum(len(pair["chosen"]) < len(pair["rejected"]) for pair in pairs) / 30
     assert metric.base == max(longer, shorter) != 0.5
+
+
+def test_its_head_begins_small_unless_the_checkpoint_has_one(tmp_path: Path) -> None:
+    """Of standard deviation 1 / sqrt(H + 1), which is not the 0.02 of transformers."""
+    config = config_of(tmp_path, Point("llama", "packed", {"kind": "reward"}))
+    found = assemble(Run.model_validate(config), print)
+    weight = found.model.score.weight.detach()
+    assert weight.shape[0] == 1
+    assert float(weight.std()) == pytest.approx((weight.shape[1] + 1) ** -0.5, rel=0.3)
+    again = assemble(Run.model_validate(config | {"seed": 1}), print).model.score.weight
+    assert not torch.equal(weight, again)
+    checkpoint = tmp_path / "scores"
+    model = LlamaForSequenceClassification.from_pretrained(config["model"]["id"], num_labels=1)
+    model.score.weight.data.fill_(0.5)
+    model.save_pretrained(checkpoint)
+    found.tokenizer.save_pretrained(checkpoint)
+    config["model"] |= {"id": str(checkpoint)}
+    kept = assemble(Run.model_validate(config), print).model.score.weight
+    assert torch.equal(kept, torch.full_like(kept, 0.5))
+
+
+def test_a_head_whose_bias_cancels_is_trained(tmp_path: Path) -> None:
+    """The scores of a pair differ by no bias, so no gradient moves that of a BERT's head."""
+    config = config_of(tmp_path, Point("bert", "packed", {"kind": "reward"}))
+    config["train"] |= {"num_steps": 2, "save_every": 0}
+    finetune(Run.model_validate(config))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all({"loss", "rewards/chosen", "rewards/margin"} <= row.keys() for row in rows if "loss" in row)
+    assert not any("reward" in row for row in rows)  # the name of what sampled answers earn
 
 
 def test_it_scores_one_answer_several_answers_and_conversations(run: Path, tmp_path: Path) -> None:

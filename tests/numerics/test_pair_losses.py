@@ -217,9 +217,11 @@ def test_odds_of_certain_and_of_impossible_answers() -> None:
     assert certain.grad is not None and certain.grad.isfinite().all() and log_odds(certain).isfinite().all()
 
 
-def test_rewards_are_what_the_loss_compares() -> None:
+def test_rewards_are_scaled_log_ratios() -> None:
     chosen, rejected = two_pairs()
     for options in EVERY:
         if options.divergence == "reverse_kl" and options.label_smoothing == 0 and options.loss in ("sigmoid", "cpo"):
             margin = rewards(chosen, options) - rewards(rejected, options)
             torch.testing.assert_close(torch.log1p(torch.exp(-margin)), pair_loss(chosen, rejected, options))
+        if options.loss in ("ipo", "sigmoid_norm"):  # which compare means, but a reward is that of the whole answer
+            torch.testing.assert_close(rewards(chosen, options), options.beta * chosen.log_ratios)

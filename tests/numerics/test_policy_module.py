@@ -97,6 +97,9 @@ def test_the_gradient_is_that_of_the_expected_reward(
     buffer = make(advantages=np.repeat(weights, LENGTHS), weights=np.ones(LENGTHS.sum()))
     found = gradients(module, batches(buffer, parts, shared=shared))
     assert distance([-each for each in found], exact) < 2e-6
+    if importance == "sequence":  # an answer counts once, whatever its length
+        value = sum(module(part).losses["policy_loss"].item() for part in batches(buffer, parts, shared=shared))
+        assert value == pytest.approx(-weights.sum(), rel=1e-5)
 
 
 def test_the_loss_k2_of_answers_has_the_gradient_of_their_divergence(model: Any) -> None:

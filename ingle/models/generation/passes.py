@@ -77,13 +77,17 @@ def try_passes(model: PreTrainedModel, sampling: Sampling, criteria: StopCriteri
     texts = _texts(model, sampling.num_slots)
     one, other = (_Trial(model, order, sampling, criteria) for order in (texts, texts[::-1]))
     sizes = [size for size in _halves(sampling.num_slots) if size >= _FEWEST]
+    second = min(1, len(texts) - 1)
     is_invariant, equal = True, dict.fromkeys(sizes, True)
     for _ in range(_NEW_TOKENS):
         everyone = range(len(texts))
         smaller = {size: one.logits(range(size), size) for size in sizes}
-        alone_1V, moved_MV = one.logits([1], sampling.num_slots), other.logits(everyone, sampling.num_slots).flip(0)
+        alone_1V, moved_MV = (
+            one.logits([second], sampling.num_slots),
+            other.logits(everyone, sampling.num_slots).flip(0),
+        )
         logits_MV = one.logits(everyone, sampling.num_slots)  # last, because each pass replaces the stored keys
-        is_invariant &= torch.equal(moved_MV, logits_MV) and torch.equal(alone_1V[0], logits_MV[1])
+        is_invariant &= torch.equal(moved_MV, logits_MV) and torch.equal(alone_1V[0], logits_MV[second])
         equal = {size: equal[size] and torch.equal(logits, logits_MV[:size]) for size, logits in smaller.items()}
         one.grow()
         other.grow()
@@ -123,7 +127,7 @@ class _Trial:
 
 
 def _is_right(model: PreTrainedModel, trial: _Trial, sampling: Sampling) -> bool:
-    chosen = range(len(_PROMPTS))
+    chosen = range(min(len(_PROMPTS), len(trial.texts)))
     found = trial.hidden(chosen, sampling.num_slots)[: len(chosen)]
     texts = [torch.tensor([*text.prompt, *text.begun[:_NEW_TOKENS]]) for text in trial.texts[: len(chosen)]]
     row = Row.of([text.to(found.device) for text in texts])

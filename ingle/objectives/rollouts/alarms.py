@@ -20,7 +20,7 @@ from ingle.objectives.rollouts.advantages import Floats, Integers
 
 #: Iterations in a row for which a sign has to last.
 PATIENCE = 3
-#: Iterations that means of rewards are taken over, which differ by chance from one to the next.
+#: Iterations that means of rewards are taken over, at most: they differ by chance from one to the next.
 _WINDOW = 8
 #: Standard errors by which a figure has to exceed chance.
 _ERRORS = 2.0
@@ -239,13 +239,13 @@ class Alarms:
         """Returns which proxy fell significantly below its best while the reward rose."""
         found = None
         for proxy in self._proxies:
-            names = ("reward", f"rewards/{proxy}")
+            names = ("reward", "reward_stderr", f"rewards/{proxy}", f"rewards/{proxy}_stderr")
             if any(name not in figures for name in names):
                 continue
             points = self._means.setdefault(proxy, [])
-            points.append([number for name in names for number in (figures[name], figures.get(f"{name}_stderr", 0.0))])
+            points.append([figures[name] for name in names])
             del points[:-_WINDOW]
-            if len(points) < _WINDOW:
+            if len(points) < PATIENCE:  # a proxy may fall in the first iterations
                 continue
             now = _mean_points(points)
             best = self._best.setdefault(proxy, now)

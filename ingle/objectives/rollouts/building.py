@@ -79,11 +79,11 @@ def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
         case Grpo() | Rloo() | Reinforce():
             return PolicyLoss(model, objective)
         case Ppo():
-            return PolicyLoss(model, objective, make_values(model, objective.value, mesh.device, run.seed))
+            return PolicyLoss(model, objective, make_values(model, objective.value, mesh.device))
         case Raft():
             return NextTokenLoss(model)
         case OnlineDpo():
-            return PairLoss(model, as_dpo(objective))
+            return PairLoss(model, as_dpo(objective), is_sampled=True)
     raise ConfigError(
         f"This version does not train objective.kind = {objective.kind}.",
         where="objective.kind",
@@ -167,6 +167,7 @@ def sampled_objective(
         stop=rollout.stop,
         max_failed=getattr(suited, "max_failed", 1.0),
         num_shown=rollout.num_shown,
+        num_steps=num_steps,
         origin={"options": _origin(run)},
         folder=output / "rollouts",
         mesh=mesh,

@@ -83,6 +83,7 @@ class Collector:
         stop: Strings that end an answer.
         max_failed: Largest share of the answers that may have no score by mistake.
         num_shown: Answers to report in each iteration.
+        num_steps: Steps of the run, which reward functions are told.
         origin: What answers depend on, next to weights and prompts, as plain values.
         folder: Where journals are kept.
         mesh: The ranks.
@@ -110,6 +111,7 @@ class Collector:
         stop: Sequence[str],
         max_failed: float,
         num_shown: int,
+        num_steps: int,
         origin: Mapping[str, Any],
         folder: Path,
         mesh: Mesh,
@@ -121,7 +123,7 @@ class Collector:
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop)
         self._num_generations, self._max_new_tokens = num_generations, max_new_tokens
         self._refill, self._max_failed, self._num_shown = refill, max_failed, num_shown
-        self._origin, self._mesh = origin, mesh
+        self._num_steps, self._origin, self._mesh = num_steps, origin, mesh
         self._sampler: Sampler | None = None
         self._pool: RewardPool | None = None
         self._opened = ExitStack()
@@ -142,10 +144,11 @@ class Collector:
         journal = Journal(self.folder, iteration.number, origin, self._mesh.dist_rank)
         wanted = missing = iteration.num_prompts
         extra, draw, times = self._refill * wanted, iteration.draw, {"rollout_s": 0.0, "score_s": 0.0}
+        state = self._state(iteration.step - 1, iteration.draw)
         parts: list[Answered] = []
         while True:
             asked = [Asked(number, self._row(number)) for number in range(draw, draw + missing)]
-            found = self.answer(self._prompts, asked, self._num_generations, journal, times, iteration.step, sink)
+            found = self.answer(self._prompts, asked, self._num_generations, journal, times, state, sink)
             if found is None:
                 return None
             draw += missing
@@ -180,7 +183,7 @@ class Collector:
         num_generations: int,
         journal: Journal | None,
         times: dict[str, float],
-        step: int,
+        state: Mapping[str, float],
         sink: Sink,
     ) -> Answered | None:
         """Samples and scores answers to prompts; None if a rank was asked to stop.
@@ -191,17 +194,20 @@ class Collector:
             num_generations: Answers to each.
             journal: Knows answers and scores that are there already, and keeps new ones.
             times: Seconds of sampling and scoring, to which those of this call are added.
-            step: The step that reward functions are told.
+            state: The progress that reward functions are told.
             sink: Receives progress.
         """
         self._open(sink)
+        assert self._sampler is not None
+        if not self._sampler.is_invariant:
+            journal = None  # the other answers could come out otherwise, and their scores are not those of these
         began = time.monotonic()
         rollouts = self._sample(prompts, asked, num_generations, journal, sink)
         if rollouts is None:
             return None
         buffer = make_buffer(prompts, asked, rollouts)
         sampled = time.monotonic()
-        groups = self._score(prompts, asked, num_generations, rollouts, journal, step, sink)
+        groups = self._score(prompts, asked, num_generations, rollouts, journal, state, sink)
         if groups is None:
             return None
         scores_RF = np.concatenate([group.values for group in groups])
@@ -234,6 +240,10 @@ class Collector:
         self._opened.close()
         self._sampler = self._pool = None
 
+    def _state(self, step: int, draw: int) -> dict[str, float]:
+        """Returns what reward functions are told about the run after so many steps and prompts."""
+        return {"global_step": step, "max_steps": self._num_steps, "epoch": draw / self.num_prompts}
+
     def _row(self, draw: int) -> int:
         (documents,) = self._order.take(draw, 1)
         return int(documents[0])
@@ -247,8 +257,7 @@ class Collector:
     ) -> dict[tuple[int, int], Rollout] | None:
         """Returns the answers of all ranks by draw and number; None if a rank was asked to stop."""
         assert self._sampler is not None
-        keeps = journal is not None and self._sampler.is_invariant
-        known = journal.rollouts if journal is not None and keeps else {}
+        known = journal.rollouts if journal is not None else {}
         wanted = [(each, number) for each in self._own(asked) for number in range(num_generations)]
         own = {(each.draw, number): known[each.draw, number] for each, number in wanted if (each.draw, number) in known}
         requests = [
@@ -259,8 +268,7 @@ class Collector:
         running = self._sampler.run(requests, stop=_must_stop)
         for done, rollout in enumerate(running, 1):
             own[rollout.draw, rollout.answer] = rollout
-            if keeps:
-                assert journal is not None
+            if journal is not None:
                 journal.add_rollout(rollout)
             sink(Progress("Sampling answers", done, len(requests)))
         if self._mesh.agree(len(own) < len(wanted)):
@@ -274,7 +282,7 @@ class Collector:
         num_generations: int,
         rollouts: Mapping[tuple[int, int], Rollout],
         journal: Journal | None,
-        step: int,
+        state: Mapping[str, float],
         sink: Sink,
     ) -> list[Scores] | None:
         """Returns the scores of all groups, in their order; None if a rank was asked to stop."""
@@ -285,7 +293,7 @@ class Collector:
         for each in self._own(asked):
             if each.draw not in known:
                 answers = [rollouts[each.draw, number] for number in range(num_generations)]
-                waiting[each.draw] = self._pool.submit(self._group(prompts, each.row, answers, step))
+                waiting[each.draw] = self._pool.submit(self._group(prompts, each.row, answers, state))
         own = {each.draw: known[each.draw] for each in self._own(asked) if each.draw in known}
         with self._mesh.together():
             for done, (draw, outcome) in enumerate(waiting.items(), 1):
@@ -302,14 +310,14 @@ class Collector:
         found = {draw: scores for part in self._mesh.gather(own) for draw, scores in part.items()}
         return [found[each.draw] for each in asked]
 
-    def _group(self, prompts: PromptSet, row: int, answers: Sequence[Rollout], step: int) -> Group:
+    def _group(self, prompts: PromptSet, row: int, answers: Sequence[Rollout], state: Mapping[str, float]) -> Group:
         return Group(
             prompts.prompt(row),
             [self.text(each) for each in answers],
             [each.ids.tolist() for each in answers],
             prompts.columns(row),
             [each.status in FINISHED for each in answers],
-            {"global_step": float(step)},
+            state,
         )
 
     def text(self, rollout: Rollout) -> str:
@@ -326,7 +334,7 @@ class Collector:
         differ by the weights alone. None if a rank was asked to stop.
         """
         asked = [Asked(_FIRST_HELD_OUT + row, row) for row in rows]
-        found = self.answer(prompts, asked, 1, None, {}, 0, sink)
+        found = self.answer(prompts, asked, 1, None, {}, self._state(0, 0), sink)
         if found is None:
             return None
         self._check(found, sink)

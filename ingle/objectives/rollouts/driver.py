@@ -29,6 +29,7 @@ from ingle.data.packing import Indices
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
 from ingle.events import Sink, Warned
+from ingle.kernels.allocator import return_freed_memory
 from ingle.objectives.answers import AnswerTokens, answer_logps, with_reference
 from ingle.objectives.dealing import deal, start_without_labels
 from ingle.objectives.interface import Check, Objective, OpenModel, Relief, StepModule
@@ -99,12 +100,14 @@ class RolloutObjective(Objective):
         self._held_out = held_out
         self._trusts_sampler = is_precise and self._steps == 1 and not recipe.reads_values
         self._iteration, self._draw, self._cursor = -1, 0, self._steps
+        self._has_sampled = False
         self._buffer: SampleBuffer | None = None
         self._plan: list[Indices] = []
         self._figures: dict[str, float] = {}
         self._trail = hashlib.blake2b(digest_size=16).hexdigest()
         self._saved_iteration = 0
         self._alarms, self.pins_one = alarms, alarms is not None
+        self._saved_step: int | None = None
         self._good_step: int | None = None
 
     @property
@@ -130,6 +133,9 @@ class RolloutObjective(Objective):
         found = call_outside_step(self.module, self._collector.collect, iteration, self._recipe, sink)
         if found is None:
             return False
+        if not self._has_sampled:  # later, the gaps are those of steps, which have room for the blocks of sampling
+            return_freed_memory()
+            self._has_sampled = True
         buffer, next_draw, figures = found
         began = time.monotonic()
         evaluated = self._evaluate(self._recipe.select(buffer), relief)
@@ -152,15 +158,20 @@ class RolloutObjective(Objective):
         if self._alarms is None:
             return
         for alarm in self._alarms.update(iteration, self._figures):
-            kept = "the last step" if self._good_step is None else f"step {self._good_step:,}"
+            kept = (
+                "the last step, as no checkpoint is from before that"
+                if self._good_step is None
+                else f"step {self._good_step:,}"
+            )
             ends = f" The run ends with the weights of {kept}." if alarm.stops else ""
             sink(Warned(f"{alarm.message}{ends} To go on: {alarm.fix}.", where=f"objective.alarms.{alarm.name}"))
             self.is_over |= alarm.stops
+        if self._alarms.is_quiet:  # the answers of this iteration speak for the weights that were saved before it
+            self._good_step = self._saved_step
 
     def kept_step(self, step: int) -> int | None:
-        """Returns the last saved step at which no alarm that ends the run had seen its sign."""
-        if self._alarms is not None and self._alarms.is_quiet:
-            self._good_step = step
+        """Returns the last saved step whose answers showed no sign of an alarm that ends the run."""
+        self._saved_step = step
         return self._good_step
 
     def _minibatches(self, buffer: SampleBuffer, iteration: int) -> list[Indices]:

@@ -75,7 +75,8 @@ class Journal:
         """Appends the scores of the answers to a prompt."""
         self.scores[draw] = scores
         values = [[None if np.isnan(value) else float(value) for value in row] for row in scores.values]
-        self._append({"draw": draw, "scores": values, "statuses": [list(row) for row in scores.statuses]})
+        statuses = [list(row) for row in scores.statuses]
+        self._append({"draw": draw, "scores": values, "statuses": statuses, "metrics": dict(scores.metrics)})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with disk_full_explained(self._path):
@@ -139,4 +140,4 @@ def _rollout(line: Mapping[str, Any]) -> Rollout:
 def _scores(line: Mapping[str, Any]) -> Scores:
     rows: Sequence[Sequence[float | None]] = line["scores"]
     values = np.array([[np.nan if value is None else value for value in row] for row in rows], np.float64)
-    return Scores(values, tuple(tuple(row) for row in line["statuses"]))
+    return Scores(values, tuple(tuple(row) for row in line["statuses"]), metrics=line["metrics"])

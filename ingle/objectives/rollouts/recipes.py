@@ -72,10 +72,14 @@ class Recipe:
         return buffer.adding(rewards=rewards_R, counted=np.repeat(counted_R, buffer["lengths"])), raw_R
 
     def teaches(self, buffer: SampleBuffer) -> Mask:
-        """Returns whether the rewards of each answer's group differ, [R]; true without rewards."""
+        """Returns whether each answer's group has unequal rewards, and an answer that counts, [R].
+
+        True without rewards.
+        """
         if "rewards" not in buffer.columns:
             return np.ones(len(buffer), np.bool_)
-        return has_spread(buffer["rewards"], buffer["draws"])
+        counted_R = sum_answers(buffer["counted"], buffer["lengths"]) > 0
+        return has_spread(buffer["rewards"], buffer["draws"]) & np.isin(buffer["draws"], buffer["draws"][counted_R])
 
     def select(self, buffer: SampleBuffer) -> SampleBuffer:
         """Returns the answers that the update reads."""

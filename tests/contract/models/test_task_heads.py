@@ -18,6 +18,7 @@ from ingle.config import LoraAdapter, ModelConfig
 from ingle.config.objective import Classify
 from ingle.data.batch import collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
+from ingle.errors import ModelError
 from ingle.models import ModelTask, keep_stored_labels
 from ingle.models.kinds import new_model
 from ingle.models.loading.layout_choice import enliven
@@ -246,3 +247,15 @@ def test_no_text_ends_with_the_padding_of_a_decoder(ends_with_eos: bool) -> None
     models.choose_padding(model, tokenizer, {eos, 9} if ends_with_eos else {9})
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert (tokenizer.pad_token_id == eos) != ends_with_eos
+
+
+def test_a_reward_model_needs_no_padding() -> None:
+    """GPT-2's only special token ends every answer; the head is read by position, but other programs need to know."""
+    tokenizer = make_tokenizer(special=(), eos="<|endoftext|>", pad=None)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1)
+    model = transformers.GPT2ForSequenceClassification(config)
+    ends = {tokenizer.eos_token_id}
+    with pytest.raises(ModelError, match="no token for padding"):
+        models.choose_padding(model, tokenizer, ends)
+    assert "one answer at a time" in str(models.choose_padding(model, tokenizer, ends, is_needed=False))
+    assert model.config.pad_token_id is None

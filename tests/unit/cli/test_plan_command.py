@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from ingle import adapters, models
 from ingle.cli import planning
 from ingle.cli.app import app
 from ingle.cli.shapes import read_shape
 from ingle.errors import ConfigError, IngleError
 from ingle.planning import ModelShape
+from ingle.training.model_shape import model_shape
 
 QLORA = ["--model.id=meta-llama/Llama-3.1-8B", "--base.format=nf4", "--data.max_seq_len=2048"]
 KEYS = ["fits", "strategy", "per_device", "host_bytes", "disk_bytes", "tokens_per_s", "hours", "price", "alternatives"]
@@ -142,6 +145,16 @@ def test_an_architecture_without_a_shape_needs_its_config(monkeypatch: pytest.Mo
         run("--model.id=nobody/nothing-at-all")
     with pytest.raises(ConfigError):
         run()
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_a_reward_model_has_a_head_for_one_number(adapter: str) -> None:
+    words = (f"--model.id={EMBER}", "--objective.kind=reward", f"--adapter={adapter}")
+    planned, run = planned_shape(*words), planning._load(list(words))[0]
+    model = models.meta_model(run.model, "cpu", torch.bfloat16, models.model_task(run.objective))
+    built = model_shape(model, adapters.select(model, run.adapter))
+    for name in ("num_parameters", "vocab_size", "saved_parameters", "tied"):
+        assert getattr(planned, name) == getattr(built, name), name
 
 
 @pytest.mark.parametrize("mix", ["q4_k_m", "q8_0"])

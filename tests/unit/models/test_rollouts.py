@@ -81,6 +81,10 @@ def test_a_rollout_depends_on_nothing_but_its_own_text(endless, plain) -> None:
     for order in (list(reversed(REQUESTS)), REQUESTS[::2], REQUESTS[4:5]):
         for request, found in zip(order, sample(order), strict=True):
             require_same(found, expected[REQUESTS.index(request)])
+    for num_slots in (1, 2):
+        for found, wanted in zip(sample(REQUESTS[:3], num_slots=num_slots), expected, strict=False):
+            assert found.ids.tolist() == wanted.ids.tolist()
+            np.testing.assert_allclose(found.logps, wanted.logps, rtol=1e-5)
     assert all((ours.ids != theirs.ids).any() for ours, theirs in zip(sample(seed=1), expected, strict=True))
 
 

@@ -84,6 +84,14 @@ def test_the_state_survives_a_checkpoint() -> None:
     assert found == expected and {alarm.name for alarm in found} == {"entropy", "proxy"}
 
 
+def test_a_proxy_that_falls_at_once_is_noticed() -> None:
+    alarms, found = Alarms(AlarmConfig(), proxies=["gold"]), []
+    for at in range(9):
+        own = {"reward": min(1.0, 0.2 * at), "reward_stderr": 0.03}
+        found += alarms.update(at, own | {"rewards/gold": max(0.0, 0.5 - 0.1 * at), "rewards/gold_stderr": 0.03})
+    assert [alarm.name for alarm in found] == ["proxy"]
+
+
 def test_figures_of_answers() -> None:
     texts = [[1, 2, 3, 4, 5, 6, 7], [5] * 7, [1, 2, 3], [1, 2, 3], [1, 2, 3], [9, 2, 3]]
     ids: list[Any] = [np.array(text, np.int32) for text in texts]

@@ -20,7 +20,8 @@ def rollout(draw: int, answer: int) -> Rollout:
     return Rollout(draw, answer, rng.integers(0, 99, 4).astype(np.int32), logps, entropies, "length")
 
 
-SCORES = Scores(np.array([[0.1, np.nan], [1 / 3, 2.0]]), (("ok", "error"), ("ok", "ok")))
+STATUSES = (("ok", "error"), ("ok", "ok"))
+SCORES = Scores(np.array([[0.1, np.nan], [1 / 3, 2.0]]), STATUSES, metrics={"words": 1 / 7})
 
 
 def write(folder: Path, rank: int = 0) -> Path:
@@ -41,7 +42,7 @@ def test_what_was_written_is_read_to_the_bit_by_every_rank(tmp_path: Path) -> No
     assert found.rollouts.keys() == {(7, 0), (7, 1), (8, 0), (8, 1)} and found.scores.keys() == {7, 8}
     assert all(same(found.rollouts[key], rollout(*key)) for key in found.rollouts)
     np.testing.assert_array_equal(found.scores[8].values, SCORES.values)
-    assert found.scores[8].statuses == SCORES.statuses
+    assert found.scores[8].statuses == SCORES.statuses and found.scores[8].metrics == SCORES.metrics
 
 
 @pytest.mark.parametrize("origin", [{**ORIGIN, "trail": "other"}, {**ORIGIN, "options": "other"}])

@@ -92,6 +92,14 @@ def test_unfinished_answers_are_settled_before_they_are_compared() -> None:
     assert masked["counted"].tolist() == [*[True] * 2, False, *[True] * 6, False, False]
 
 
+def test_prompts_teach_by_unequal_rewards_of_answers_that_count() -> None:
+    recipe = policy(preset="dapo")
+    assert recipe.teaches(answers([1, 1, 1, 0, 1, NAN])).tolist() == [False] * 3 + [True] * 3
+    finished = np.array([False, False, False, False, True, True])
+    masked, _ = recipe.reward(answers([0] * 6), np.array([[0.0, 1, 0, 0, 1, 0]]).T, finished)
+    assert recipe.teaches(masked).tolist() == [False] * 3 + [True] * 3, "nothing of the first prompt is learned from"
+
+
 def test_the_moving_baseline_and_the_weight_of_the_divergence_are_part_of_the_state() -> None:
     kl = {"place": "reward", "coef": 0.2, "control": "adaptive", "target": 0.1, "horizon": 10.0}
     first, second = (policy("reinforce", kl=kl) for _ in range(2))

@@ -15,11 +15,10 @@ from ingle.report.charts import (
     both_widths,
     interval_plot,
     loss_curve,
-    nice_ticks,
     size_chart,
     smooth,
-    tick_label,
 )
+from ingle.report.drawing import nice_ticks, tick_label
 
 AXES = {"titles": ("size", "loss"), "mark": (0.02, "limit"), "width": 880}
 
@@ -135,6 +134,17 @@ def test_labels_cover_neither_dots_nor_one_another():
 def test_a_dot_above_the_largest_value_is_an_arrow_at_the_edge():
     drawn = size_chart([dot("near", 1, 0.01, "front", 0.001), dot("far", 2, 50.0, spread=5.0)], y_max=1.0, **AXES)
     assert len(find(drawn, "circle")) == len(find(drawn, "line", "bar")) == len(find(drawn, "path", "dot")) == 1
+
+
+def test_intervals_and_ticks_fit_into_the_plot():
+    dots = [dot("low", 1000.0, 2.0, spread=1.0), dot("high", 1400.0, 5.0, spread=3.0)]
+    drawn = size_chart(dots, log=False, log_size=True, **AXES)
+    (floor,) = (float(line["y1"]) for line in find(drawn, "line", "zero"))
+    for bar in find(drawn, "line", "bar"):
+        assert 20 < float(bar["y2"]) < float(bar["y1"]) < floor
+    assert len(re.findall(r'text-anchor="middle">[\d,]+<', drawn)) > 2, "a narrow range has round numbers, too"
+    wide = size_chart([dot("a", 2e4, 1.0), dot("b", 5e6, 2.0)], log=False, log_size=True, **AXES)
+    assert ">100 K<" in wide and ">1 M<" in wide
 
 
 def test_the_front_descends_in_steps_and_leaves_out_what_loses_more():

@@ -10,9 +10,10 @@ import pytest
 
 from ingle.config.objective import Classify, ObjectiveKind
 from ingle.errors import EvaluationError
-from ingle.report import metrics, run_page
+from ingle.report import metrics, run_page, training_curves
 from ingle.report.charts import Estimate
 from ingle.report.metrics import Metric
+from ingle.report.results import ValidationPoint, ValidationReport
 from ingle.report.run_page import mark_shared
 from tests.stored_results import REPORT
 
@@ -70,3 +71,28 @@ def test_every_objective_has_a_unit_of_its_loss() -> None:
 def test_marks_are_what_is_shared_with_the_closest_reference() -> None:
     runs = mark_shared("a small cat sat there", ["dogs bark", "The cat sat."])
     assert runs == [("a small ", False), ("cat sat", True), (" ", False), ("there", False)]
+
+
+def test_a_run_on_preferences_shows_its_loss_and_both_answers() -> None:
+    steps = [
+        {"step": step, "lr": 1e-3, "loss": 0.6, "rewards/chosen": 1.0 * step, "rewards/rejected": -3.0}
+        for step in (1, 2, 3)
+    ]
+    validation = ValidationReport(
+        every=3,
+        documents=4,
+        groups=2,
+        tokens=40,
+        best_step=3,
+        kept_step=3,
+        stopped_early=False,
+        history=(ValidationPoint(step=3, loss=0.65),),
+    )
+    loss, rewards = training_curves.draw("nats per pair", steps, validation)
+    assert loss["title"] == "Training loss"
+    assert "validation after step 3: 0.650" in loss["wide"]
+    assert rewards["names"] == ["chosen", "rejected"]
+    assert rewards["wide"].count('class="other"') == 1
+    sampled = training_curves.draw("", [row | {"reward": 2.0} for row in steps], validation)[0]
+    assert sampled["title"] == "Reward"
+    assert "validation after step 3: -0.650" in sampled["wide"]

@@ -82,3 +82,7 @@ async def later(completions: list[str], **kwargs: object) -> list[float]:
 
 def lazily(completions: list[str], **kwargs: object) -> object:
     return (float(len(text)) for text in completions)
+
+
+def graded(data_source, solution_str, ground_truth=None):
+    return {"score": 1, "right": solution_str == "7", "note": "text"}

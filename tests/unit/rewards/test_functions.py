@@ -38,7 +38,7 @@ def reward(prompts, completions, completion_ids, solution, trainer_state, log_ex
     scores = score(tmp_path, code, group)
     np.testing.assert_equal(scores.values, [[1.0], [np.nan]])
     assert scores.statuses == (("ok",), ("none",))
-    assert scores.extra == {"lengths": [2, 1]} and scores.metrics == {"share": 0.25}
+    assert scores.extra == {"lengths": [2, 1]} and scores.metrics == {"share": 0.25, "lengths": 1.5}
 
 
 def test_trl_functions_get_texts_for_text_prompts_and_only_what_they_name(tmp_path: Path) -> None:

@@ -87,12 +87,15 @@ def test_a_wrong_number_of_scores_is_no_score() -> None:
 
 
 def test_functions_may_be_asynchronous_or_lazy_and_groups_overlap() -> None:
-    with RewardPool([function("later"), function("lazily"), NumberReward(kind="number")], num_workers=2) as pool:
-        assert pool.names == ("later", "lazily", "number")
+    rewards = [function("later"), function("lazily"), NumberReward(kind="number"), function("graded")]
+    with RewardPool(rewards, num_workers=2) as pool:
+        assert pool.names == ("later", "lazily", "number", "graded")
         groups = [Group("q", ["x" * size, "7"], [[1], [2]], {"answer": "7"}) for size in range(1, 6)]
         waiting = [pool.submit(group) for group in groups]
         for size, outcome in enumerate(waiting, 1):
-            np.testing.assert_equal(outcome.take().values, [[size, size, 0], [1, 1, 1]])
+            found = outcome.take()
+            np.testing.assert_equal(found.values, [[size, size, 0, 1], [1, 1, 1, 1]])
+            assert found.metrics == {"right": 0.5}, "numbers that are logged for each answer have a mean"
 
 
 def test_a_trained_reward_model_is_left_to_the_caller() -> None:

@@ -40,6 +40,9 @@ def rule(text: str, ids: int | list[int] = 1, /, columns: dict[str, Any] | None 
         ("2, 3, 4", 4),
         ("1,2345", 2345),
         (".5", 0.5),
+        ("a loss of -$1,234.50", -1234.5),
+        ("10-$3", 3),
+        (r"1{,}234 or 1,\!234", 1234),
         ("none", None),
         ("", None),
     ],
@@ -58,6 +61,7 @@ def test_numbers_are_compared_as_numbers() -> None:
     assert rule("about 72.5", columns=column, kind="number", tolerance=0.01) == 1
     assert rule("#### $1,072 (not 5)", columns={"answer": 1072}, kind="number", style="gsm8k") == 1
     assert rule("72", columns=column, kind="number", style="gsm8k") == 0
+    assert rule(r"\boxed{8} and so \boxed{x = 72}, for 12 packs", columns=column, kind="number") == 1
 
 
 def verl_score(text: str, truth: str) -> float:

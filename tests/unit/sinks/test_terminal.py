@@ -133,6 +133,14 @@ def test_plain_lines_one_a_logged_step_and_the_last() -> None:
     assert "\r" not in text and "\x1b" not in text
 
 
+def test_a_run_on_preferences_shows_its_accuracy_and_one_that_samples_its_reward() -> None:
+    for metrics, shown in (
+        ({"rewards/accuracy": 0.875}, "loss 2.5000  accuracy 0.88"),
+        ({"rewards/accuracy": 0.5, "reward": 1.5, "kl": 0.25}, "reward 1.5000  kl 0.25"),
+    ):
+        assert f"Step 6/6  {shown}  1,234 tokens/s" in show(started(), replace(step(6), metrics=metrics))
+
+
 def test_a_live_bar_on_a_terminal_is_taken_away_at_the_end() -> None:
     text = show(started(), step(1), Saved(1, "c", "checkpoint"), step(6), terminal=True)
     assert "\x1b[" in text and "Training" in text and "Saved checkpoint" not in text
@@ -222,11 +230,14 @@ def test_warnings_are_merged_and_counted() -> None:
         Warned("7 of 9 were cut", count=7),
         Warned("row skipped [no answer]", "a.jsonl:9", 4),
         Warned("odd"),
+        Warned("SimPO with gamma 0.5.", "objective", is_note=True),
+        Warned("SimPO with gamma 0.5.", "objective", is_note=True),
     )
     assert text.splitlines() == [
         "Warning: row skipped [no answer] [a.jsonl:3]",
         "Warning: 7 of 9 were cut",
         "Warning: odd",
+        "Note: SimPO with gamma 0.5. [objective]",
         "Warning: row skipped [no answer] (5 times in total)",
     ]
 

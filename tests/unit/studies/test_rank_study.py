@@ -70,4 +70,6 @@ def test_a_study_of_several_ranks_seeds_and_methods(tmp_path: Path, space: Any) 
     for curve in content["curves"]:
         small, large = (point["mean"] for point in curve["points"])
         assert large < small
+        (row,) = (row for row in content["ranks"] if row["rank"] == curve["rank"])
+        assert curve["ceiling"] == pytest.approx(row["score"]), "the target is that of its own space"
     assert "<svg" in render_study_page(content, "rank")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,13 +32,15 @@ def _train(
     *,
     num_steps: int = 20,
     start: float = 0.02,
+    idle: Sequence[str] = (),
     **options: Any,
 ) -> list[Event]:
     """Trains tensors, of which no gradient reaches some; returns the warnings."""
     config = OptimConfig(**(CONSTANT | options))
     parameters = {name: nn.Parameter(torch.full((3, 2), start)) for name in NAMES}
     optimizer = Optimizer([ParameterGroup(tuple(parameters.items()), 1.0, 0.0)], config)
-    movement = Movement(optimizer, config, num_steps, adapter=adapter, mesh=Mesh(torch.device("cpu")))
+    mesh = Mesh(torch.device("cpu"))
+    movement = Movement(optimizer, config, num_steps, adapter=adapter, mesh=mesh, idle=idle)
     events: list[Event] = []
     for step in range(1, num_steps + 1):
         for number, (name, parameter) in enumerate(parameters.items()):
@@ -63,6 +66,10 @@ def test_a_tensor_without_gradient_is_named_after_ten_steps(num_steps: int) -> N
         _train(set(NAMES))
 
 
+def test_a_tensor_that_the_loss_cannot_move_is_not_missed() -> None:
+    assert not _train({"layers.1.q.lora_b"}, idle=("layers.1.q.lora_b",))
+
+
 def test_what_an_objective_does_not_use_is_a_warning_unless_the_config_names_it() -> None:
     unused = {"layers.0.global.lora_a", "layers.1.global.lora_a", "layers.0.experts.3.lora_b"}
     (warning,) = _train(unused)
@@ -83,20 +90,20 @@ def test_updates_that_round_to_zero_are_an_error_after_the_warmup() -> None:
     assert not _train(set(), start=1.0, lr=1e-7, warmup_steps=90, num_steps=100)
 
 
-def test_runs_of_one_update_are_not_checked() -> None:
-    """The gradient of LoRA's A is zero in the first step."""
-    assert not _train(set(NAMES[:1]), num_steps=1)
-    assert not _train(set(NAMES[:1]), num_steps=2, schedule="linear")
+def test_runs_of_two_updates_are_not_checked() -> None:
+    """The gradient of LoRA's A is zero in the first step, and before a value head of zeros in the second one, too."""
+    assert not _train(set(NAMES[:1]), num_steps=2)
+    assert not _train(set(NAMES[:1]), num_steps=3, schedule="linear")
 
 
 def test_equal_changes_in_different_places_do_not_cancel() -> None:
     config = OptimConfig(**CONSTANT)
     weight = nn.Parameter(torch.ones(70000))
     optimizer = Optimizer([ParameterGroup((("weight", weight),), 1.0, 0.0)], config)
-    movement = Movement(optimizer, config, 2, adapter=WILDCARD, mesh=Mesh(torch.device("cpu")))
+    movement = Movement(optimizer, config, 3, adapter=WILDCARD, mesh=Mesh(torch.device("cpu")))
     weight.grad = torch.zeros_like(weight)
     weight.grad[0], weight.grad[5] = 1.0, -1.0
-    for step in (1, 2):
+    for step in (1, 2, 3):
         optimizer.step(1e-3)
         weight.grad = torch.zeros_like(weight)
         movement.check(step, print)
