@@ -153,11 +153,9 @@ def _method_sentence(content: Content) -> str:
     losers = [row["name"] for row in _measured(content) if row.get("worse_by", {}).get("outcome") == "worse"]
     winners = [row["name"] for row in _measured(content) if row.get("worse_by", {}).get("outcome") == "better"]
     reference = content["score"]["reference"]
-    parts = [
-        f"better than {reference}: {', '.join(winners) or 'none'}",
-        f"worse: {', '.join(losers) or 'none'}",
-        "the others cannot be told apart at 5 %",
-    ]
+    parts = [f"better than {reference}: {', '.join(winners) or 'none'}", f"worse: {', '.join(losers) or 'none'}"]
+    if sum("worse_by" in row for row in _measured(content)) > len(winners) + len(losers):
+        parts.append("the others cannot be told apart at 5 %")
     return f"By {content['score']['name']}, {'; '.join(parts)}. ● = no other method is better with fewer parameters."
 
 

@@ -127,7 +127,7 @@ def study_methods(request: MethodRequest, sink: Sink = lambda event: None) -> Me
         rows.append(_measure(method, request, trials, seeds, sink))
     if all(row.refused is not None for row in rows):
         raise ConfigError("No method is possible.", why=rows[0].refused)
-    return MethodReport(request, steps, seeds, tuple(rows), trials, predicted_s, time.monotonic() - began)
+    return MethodReport(request, steps, seeds, tuple(rows), trials, predicted_s, trials.seconds_since(began))
 
 
 def _chosen(request: MethodRequest) -> list[Method]:

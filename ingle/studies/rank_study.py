@@ -217,7 +217,7 @@ def study_rank(request: RankRequest, sink: Sink = lambda event: None) -> RankRep
         recommendation=_recommend(rows, recommended, curves, pattern, request.threshold),
         trials=study.trials,
         predicted_s=predicted_s,
-        seconds=time.monotonic() - began,
+        seconds=study.trials.seconds_since(began),
     )
 
 

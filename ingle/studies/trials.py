@@ -80,7 +80,7 @@ class Score:
         planned_memory_bytes: What the plan predicted.
         parameters: Trained parameters.
         num_parameters: Parameters of the model.
-        result_bytes: Size of the saved adapter or model.
+        result_bytes: Size of the saved weights: those of the adapter, or of the model.
         groups: Loss and denominator of each held-out group after the last step, [G, 2]; empty if the run failed.
         start_groups: The same before the first step.
         failure: Why the run did not end; None if it did.
@@ -136,7 +136,7 @@ class Trials:
 
     Attributes:
         scores: What was measured, in the order of the calls.
-        seconds: Time of the trials that were run by this call of the program.
+        num_run: Trials that were run by this call of the program.
     """
 
     def __init__(self, base: Run, options: Mapping[str, Any], sink: Sink = lambda event: None) -> None:
@@ -144,8 +144,11 @@ class Trials:
         self._seen: set[str] = set()
         self.folder = Path(base.output) / "trials"
         self.scores: list[Score] = []
-        self.seconds = 0.0
         self.num_run = 0
+
+    def seconds_since(self, began: float) -> float:
+        """Returns the time since a reading of ``time.monotonic``; at least that of all runs, earlier ones included."""
+        return max(time.monotonic() - began, sum(score.seconds for score in self.scores))
 
     def run_of(self, trial: Trial) -> Run:
         """Returns the config of a trial.
@@ -186,9 +189,7 @@ class Trials:
         if score is None:
             gc.collect()  # the model of the last run is in reference cycles
             return_freed_memory()  # its memory is not to count as that of this trial
-            began = time.monotonic()
             score = self._measure(trial, run, folder)
-            self.seconds += time.monotonic() - began
             self.num_run += 1
             known = {name: value for name, value in asdict(score).items() if value != math.inf}
             write_atomically(folder.path / RESULT, json.dumps(known, allow_nan=False).encode())
@@ -280,7 +281,7 @@ def _figures(report: RunReport, folder: RunFolder, run: Run) -> dict[str, Any]:
         raise CheckpointError("A trial has no validation.", where=str(folder.path), fix=f"delete {folder.path}")
     state = read(folder.checkpoints / f"step-{step}").state("selection")
     history = report.validation.history
-    files = [file for file in folder.result(run).rglob("*") if file.is_file()]
+    weights = folder.result(run).rglob("*.safetensors")  # a tokenizer lies there too, the same for all methods
     return {
         "loss": history[-1].loss,
         "start_loss": history[0].loss,
@@ -290,7 +291,7 @@ def _figures(report: RunReport, folder: RunFolder, run: Run) -> dict[str, Any]:
         "planned_memory_bytes": int(report.plan["predicted_peak_bytes"]),
         "parameters": int(report.plan["trainable_parameters"]),
         "num_parameters": int(report.plan["num_parameters"]),
-        "result_bytes": sum(file.stat().st_size for file in files),
+        "result_bytes": sum(file.stat().st_size for file in weights),
         "groups": state["end_1"].tolist(),
         "start_groups": state["end_0"].tolist(),
     }

@@ -127,6 +127,8 @@ def test_an_alarm_ends_the_run_with_the_last_good_weights(train: Train, folder: 
     # is sampled with the weights of step 2, the third one, which shows the sign, with those of step 4.
     (folder / "tired.py").write_text("""
 def reward(completions, trainer_state, **columns):
+    assert trainer_state.max_steps in (2, 12)
+    assert (trainer_state.epoch > 0) is (trainer_state.global_step > 0)
     return [float(place) if trainer_state.global_step < 3 else 0.0 for place in range(len(completions))]
 """)
     warnings: list[str] = []

@@ -130,6 +130,9 @@ def test_tokens_that_do_not_count_change_nothing(model: Any) -> None:
     (nothing,) = batches(make(**columns, weights=0 * weights), WHOLE)
     assert all(float(each.detach()) == 0.0 for each in module(nothing).losses.values())
     assert module.counts(nothing)["sequences"] == 0
+    (everything,) = batches(make(**columns, weights=0 * weights + 1), WHOLE)
+    found, all_ = module(nothing).metrics["entropy"], module(everything).metrics["entropy"]
+    assert found == all_ and module.counts(nothing)["answer_tokens"] == LENGTHS.sum(), "it is that of the policy"
 
 
 def test_the_entropy_bonus_has_the_gradient_of_the_entropy(model: Any) -> None:

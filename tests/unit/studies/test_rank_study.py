@@ -39,6 +39,7 @@ def test_a_study_that_is_stopped_continues_with_what_is_missing(tmp_path: Path) 
     content = report.to_dict()
     assert (report.trials.num_run, len(content["trials"])) == (1, 2)
 
+    assert content["cost"]["seconds"] >= sum(trial["seconds"] for trial in content["trials"]) > 0
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     assert content["score"]["floor"] > content["score"]["ceiling"]
     assert content["recommendation"]["rank"] == 2
