@@ -215,8 +215,8 @@ def _load_kind(
     unfreeze(model, selection.modules_to_save)
     notes = keep_initial_values(model, selection.modules_to_save, selection.parameters)
     notes += check_base(model, read_record(folder), folder, allow_mismatch, identity)
-    if not _is_empty(model):
-        kind.start(model, section, 0, None)
+    if not _is_empty(model):  # as if training continued: a text that it began with is not at hand
+        kind.start(model, section.model_copy(update={"path": str(folder)}), 0, None)
     load_values(model, section, folder)
     return report(model, selection, notes)
 

@@ -22,10 +22,10 @@ _ADAPTER = "adapter"
 
 
 class ScalarHead(nn.Module):
-    """Maps hidden states to one number each, in float32; every number is 0 until weights are learned or loaded.
+    """Maps hidden states to one number each, in float32; all are equal to the bias until weights are learned or loaded.
 
     Random weights, with which a reward model begins, give values near 1. Where rewards are smaller, advantages would
-    consist of these values until they are unlearned. With values of 0, the first advantages are rewards.
+    consist of these values until they are unlearned.
 
     Args:
         size: H.

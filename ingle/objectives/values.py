@@ -20,6 +20,7 @@ from ingle.config.policy import ValueConfig
 from ingle.data.batch import Batch
 from ingle.models import Model, forward_hidden
 from ingle.objectives.scalar_head import ScalarHead, adapter_folder
+from ingle.parallel import copy_rows
 
 #: The role of the value's adapter; see :func:`ingle.adapters.add_role`.
 ROLE = "value"
@@ -74,6 +75,15 @@ class Values(nn.Module):
         if self._path is not None:
             folder = adapter_folder(self._path)
             self.head.load(folder, adapters.load_role(self.__dict__["_model"], ROLE, folder, identity=identity))
+
+    @torch.no_grad()
+    def begin_at(self, reward: float) -> None:
+        """Begins with this value for every token, the mean reward of the first answers, unless a head was loaded.
+
+        Otherwise the weights would learn the mean, and differ between tokens without a reason.
+        """
+        if self._path is None:
+            copy_rows(self.head.bias, torch.tensor([reward]))
 
     def save(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Saves adapter and head; all ranks call it together. See :func:`ingle.adapters.save_role`."""

@@ -17,10 +17,11 @@ from ingle import scoring
 from ingle.assembly import assemble, prepare
 from ingle.config.evaluate import TaskConfig
 from ingle.config.run import Run
-from ingle.errors import ConfigError
+from ingle.errors import ConfigError, Interrupted
 from ingle.events import Event, Warned
 from ingle.flow import finetune
 from ingle.margins import QUANTILES, measure_margins
+from ingle.objectives.preferences import PreferenceObjective
 from ingle.report.results import Comparison
 from tests.axis import POINTS, Point, config_of
 
@@ -87,6 +88,18 @@ def test_full_fine_tuning_takes_its_reference_before_the_first_step(
 ) -> None:
     monkeypatch.setenv("INGLE_CACHE", str(folder / "cache"))
     changes: dict[str, Any] = {"adapter": {"kind": "none"}, "objective": {"kind": "kto"}, "optim": {"lr": 1e-3}}
+    parts = iter([PreferenceObjective._references])  # of the first step only
+
+    def stop_after_one(*arguments: Any) -> Any:
+        compute = next(parts, None)
+        if compute is None:
+            raise KeyboardInterrupt
+        return compute(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(PreferenceObjective, "_references", stop_after_one)
+        train(folder, "full", **changes)
+    assert list((folder / "cache" / "references").glob("*/*.safetensors")), "what was computed is kept"
     run = train(folder, "full", **changes)
     assert json.loads((run / "start.json").read_text())["log-ratio"]["measured"] < 1e-5
     assert abs(steps(run)[-1]["rewards/margin"]) > 1e-3

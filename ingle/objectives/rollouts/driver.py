@@ -137,6 +137,8 @@ class RolloutObjective(Objective):
             return_freed_memory()
             self._has_sampled = True
         buffer, next_draw, figures = found
+        if number == 0 and isinstance(self.module, PolicyLoss) and self.module.values is not None:
+            self.module.values.begin_at(float(np.nan_to_num(buffer["rewards"]).mean()))
         began = time.monotonic()
         evaluated = self._evaluate(self._recipe.select(buffer), relief)
         if evaluated is None:

@@ -218,7 +218,7 @@ def test_answers_share_a_prompt_with_virtual_tokens(name: str, root: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_virtual_tokens_begin_as_a_text(kind: str, root: Path) -> None:
+def test_virtual_tokens_begin_as_a_text(kind: str, root: Path, tmp_path: Path) -> None:
     """Training begins with the function that the base has with this text before every document."""
     model, text = load(root, Case(_PROMPT)), [7, 11, 5, 9]
     section = _SECTION.validate_python(
@@ -240,6 +240,9 @@ def test_virtual_tokens_begin_as_a_text(kind: str, root: Path) -> None:
         whole = through_head(base, Head.logits, hidden)[0]
     wanted = torch.cat([part[len(text) :] for part in whole.split([len(text) + length for length in LENGTHS])])
     close(logits(model), wanted)
+    adapters.save_adapter(model, tmp_path, section, "tiny", identity=adapters.identify(base))
+    adapters.load_adapter(base, tmp_path)  # without the text
+    close(logits(base), wanted)
 
 
 @pytest.mark.parametrize("kind", ["classify", "tag"])

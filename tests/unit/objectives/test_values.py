@@ -106,9 +106,12 @@ def test_values_of_the_policys_trunk() -> None:
         assert any(p.grad is not None for p in module.model.parameters()) is moves
 
 
-def test_values_are_zero_and_float32_at_first() -> None:
-    values = ScalarHead(64, torch.device("cpu"))(torch.ones(3, 64, dtype=torch.bfloat16))
-    assert values.dtype == torch.float32 and not values.any()
+def test_values_begin_at_the_mean_reward_unless_they_were_loaded() -> None:
+    for path, first in ((None, 0.5), ("a reward model", 0.0)):
+        head = ScalarHead(64, torch.device("cpu"))
+        Values(nn.Identity(), ValueConfig(path=path), head).begin_at(0.5)  # type: ignore[arg-type]
+        values = head(torch.randn(3, 64, dtype=torch.bfloat16))
+        assert values.dtype == torch.float32 and values.tolist() == [first] * 3
 
 
 def test_values_have_their_own_learning_rate() -> None:

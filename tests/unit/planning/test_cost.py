@@ -93,6 +93,32 @@ def test_predicted_speed_is_near_published_runs(settings: tuple[Any, ...], publi
     assert 1 / 1.4 < tokens_per_s(*settings) / published < 1.4
 
 
+#: Real tokens per second on two quiet cores with AMX, from docs/benchmarks.md. That of the small model is from the
+#: processor time of steps of 500 to 3,900 tokens: a part per token, which two threads share, and one per step.
+_LLAMA: dict[str, Any] = {"model_type": "llama", "num_attention_heads": 16, "num_key_value_heads": 4}
+_WIDE = _LLAMA | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "vocab_size": 32_000}
+_SMALL = _LLAMA | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4096}
+ON_A_CPU = [
+    ("LoRA, wide", _WIDE | {"tie_word_embeddings": True}, {}, 2, 4, 512, 1170),
+    ("LoRA, small", _SMALL | {"num_attention_heads": 8, "tie_word_embeddings": True}, {}, 2, 2, 487, 7570),
+    ("encoder, bfloat16", "google-bert/bert-base-uncased", {"adapter": "none", "objective": "mlm"}, 2, 32, 89, 1038),
+    ("encoder, float32", "google-bert/bert-base-uncased", {"adapter": "none", "objective": "mlm"}, 4, 32, 89, 464),
+]
+
+
+@pytest.mark.parametrize("case", ON_A_CPU, ids=[case[0] for case in ON_A_CPU])
+def test_predicted_speed_of_a_cpu_is_near_what_was_measured(case: tuple[Any, ...]) -> None:
+    _, config, sections, dtype_bytes, size, length, measured = case
+    run = run_of(**sections)
+    found = read_architecture(shipped_configs()[config] if isinstance(config, str) else config)
+    assert found is not None
+    device = replace(TABLE.devices["cpu-amx"].divided(8), cores=2)
+    data = DataShape(1000, 1000 * length, length)
+    work = Work.of(run, found.shape(run.adapter), data, dtype_bytes)
+    predicted = size * length / predict(work, Strategy(micro_batch_size=size), device, 0).step_s
+    assert 1 / 1.5 < predicted / measured < 1.5, predicted
+
+
 def test_transfers_hide_behind_computation_until_they_take_longer() -> None:
     def cost(devices: str, size: int) -> tuple[float, float]:
         count, device = TABLE.parse(devices)
