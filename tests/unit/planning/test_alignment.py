@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from ingle.assembly import assemble
 from ingle.config import Run
 from ingle.config.objective import rows_of
