@@ -55,8 +55,6 @@ def test_its_head_begins_small_unless_the_checkpoint_has_one(tmp_path: Path) -> 
     weight = found.model.score.weight.detach()
     assert weight.shape[0] == 1
     assert float(weight.std()) == pytest.approx((weight.shape[1] + 1) ** -0.5, rel=0.3)
-    again = assemble(Run.model_validate(config | {"seed": 1}), print).model.score.weight
-    assert not torch.equal(weight, again)
     checkpoint = tmp_path / "scores"
     model = LlamaForSequenceClassification.from_pretrained(config["model"]["id"], num_labels=1)
     model.score.weight.data.fill_(0.5)

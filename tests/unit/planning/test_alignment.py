@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from ingle.assembly import assemble
 from ingle.config import Run
 from ingle.config.objective import rows_of
@@ -166,10 +164,9 @@ def test_distillation_from_the_data_samples_nothing() -> None:
     assert memory[0].evaluation_bytes == 0 < memory[1].evaluation_bytes
 
 
-@pytest.mark.parametrize("sharing", ["auto", False])
-def test_pairs_have_the_tokens_of_their_batches(tmp_path: Path, sharing: str | bool) -> None:
+def test_pairs_have_the_tokens_of_their_batches(tmp_path: Path) -> None:
     """Prompts that are long enough are computed once."""
-    config = config_of(tmp_path, Point("llama", "packed", {"kind": "dpo", "share_prompts": sharing}))
+    config = config_of(tmp_path, Point("llama", "packed", {"kind": "dpo"}))
     rows = [
         {"prompt": "fox " * (6 + 3 * number), "chosen": "a dog " * (1 + number % 3), "rejected": "the lazy dog"}
         for number in range(12)
@@ -180,4 +177,4 @@ def test_pairs_have_the_tokens_of_their_batches(tmp_path: Path, sharing: str | b
     found = assemble(Run.model_validate(config), lambda event: None)
     (batch,) = found.objective.next_batches()
     assert found.plan.tokens_per_step == batch.num_tokens
-    assert (batch.parents() is not None) == (sharing == "auto")
+    assert batch.parents() is not None
