@@ -11,7 +11,7 @@ import numpy as np
 
 from ingle import flow
 from ingle.config.run import Run
-from ingle.errors import ConfigError, IngleError
+from ingle.errors import CheckpointError, ConfigError, DataError, IngleError
 from ingle.events import Progress, Sink, Warned
 from ingle.studies.curve import Difference, Tables, compare, holm, mean_losses, resample
 from ingle.studies.methods import Method, methods_of
@@ -184,6 +184,8 @@ def _measure(method: Method, request: MethodRequest, trials: Trials, seeds: Sequ
                 return MethodRow(method, refused=next(score.failure for score in choice.scores if score.failure))
             tasks = tuple(trials.evaluate(score, sink) for score in choice.scores) if request.run.task else ()
             return MethodRow(method, choice=choice, tasks=tasks)
+        except (CheckpointError, DataError):  # a full disk, or missing data: no fault of the method
+            raise
         except IngleError as error:
             refused = " ".join(filter(None, (error.message, error.why)))
     sink(Warned(f"{method.name} is not possible here: {refused}"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ingle.config.run import Run
-from ingle.errors import ConfigError
+from ingle.errors import CheckpointError, ConfigError
 from ingle.report.study_pages import render_study_page, study_tables
 from ingle.studies import MethodRequest, study_methods
 from ingle.studies.methods import methods_of
@@ -44,6 +44,15 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="Unknown method: lorra") as refused:
         study_methods(_request(tmp_path, names=("lorra",)))
     assert "bitfit" in str(refused.value.fix)
+
+
+def test_a_full_disk_is_no_fault_of_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise CheckpointError("The disk is full.")
+
+    monkeypatch.setattr("ingle.studies.trials.flow.finetune", fail)
+    with pytest.raises(CheckpointError, match="The disk is full"):
+        study_methods(_request(tmp_path, names=("lora", "ia3")))
 
 
 def test_low_rank_methods_have_the_rank_of_the_config(tmp_path: Path) -> None:
