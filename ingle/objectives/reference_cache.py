@@ -151,7 +151,7 @@ class ReferenceCache:
         if not self._new:
             return
         keys = b"".join(self._new)
-        tensors = {
+        tensors: dict[str, npt.NDArray[Any]] = {
             "keys": np.frombuffer(keys, np.uint8),
             "ends": np.cumsum([len(value) for value in self._new.values()], dtype=np.int64),
             "logps": np.concatenate([np.zeros(0, np.float32), *self._new.values()]),
