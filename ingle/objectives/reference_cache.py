@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,6 @@ from ingle import env
 from ingle.atomic import write_atomically
 from ingle.data.batch import Batch
 from ingle.errors import IngleError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 Values = npt.NDArray[np.float32]
 
@@ -75,12 +72,12 @@ def _documents(row: Tensor, bounds: Tensor) -> list[npt.NDArray[np.int64]]:
     return np.split(row[0].cpu().numpy(), bounds[1:-1].cpu().numpy())
 
 
-def open_cache(digest: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> ReferenceCache:
+def open_cache(digest: str, config: Any, dtype: torch.dtype, device: torch.device) -> ReferenceCache:
     """Opens the values of a reference, and removes those that were unused for the longest time if the disk is full.
 
     Args:
         digest: Identifies the weights: :func:`ingle.adapters.initial_digest`.
-        config: What the model computes with them: rotary frequencies, caps of logits and so on.
+        config: That of the model, which says what it computes with them: rotary frequencies, caps of logits and so on.
         dtype: The dtype of the computation.
         device: The device that computes.
     """
