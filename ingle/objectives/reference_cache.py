@@ -78,8 +78,7 @@ def open_cache(digest: str, config: Any, dtype: torch.dtype, device: torch.devic
 
     Args:
         digest: Identifies the weights: :func:`ingle.adapters.initial_digest`.
-        config: The config of the model, which says what it computes with them: rotary frequencies,
-            caps of logits and so on.
+        config: That of the model, which says what it computes with them: rotary frequencies, caps of logits and so on.
         dtype: The dtype of the computation.
         device: The device that computes.
     """

@@ -56,7 +56,7 @@ def draw(
         steps: Lines of ``metrics.jsonl``.
         validation: The validations of the run; of a run that samples answers, their loss is minus the reward.
     """
-    panels: tuple[_Panel, ...] = (_Panel("Training loss", loss_unit, "loss"), *_OF_PREFERENCES)
+    panels: Sequence[_Panel] = (_Panel("Training loss", loss_unit, "loss"), *_OF_PREFERENCES)
     if any("reward" in row for row in steps):  # it samples answers: their reward takes the place of the loss
         panels = (*_OF_SAMPLES, *(each for each in _OF_PREFERENCES if each.key != "kl"))
     main, *others = panels
