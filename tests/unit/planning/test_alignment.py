@@ -140,6 +140,8 @@ def test_shapes_of_sampled_answers() -> None:
     shared, repeated = (sampled_shape(grpo, 30, 100.0, 120, shares=shares) for shares in (True, False))
     assert (shared.num_sequences, shared.num_tokens) == (240, 30 * (100 + 8 * 16))
     assert [shared.most_tokens(rows) for rows in (1, 8, 9)] == [120 + 32, 120 + 8 * 32, 2 * 120 + 9 * 32]
+    memory = DeviceMemory(GRPO, MODEL, shared, Strategy(micro_batch_size=9), 4, on_gpu=False)
+    assert memory.step().tokens == 2 * 120 + 9 * 32
     assert (repeated.num_tokens, repeated.most_tokens(9)) == (240 * (100 + 16), 9 * (120 + 32))
     pairs = OnlineDpo.model_validate({"kind": "online_dpo", "num_generations": 4, "rollout": rollout} | REWARDS)
     both = sampled_shape(pairs, 30, 100.0, 120, shares=True)
