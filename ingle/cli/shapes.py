@@ -70,7 +70,7 @@ def _with_task_head(run: Run, shape: ModelShape) -> ModelShape:
         head_parameters=0,
         tied=False,
         final_parameters=shape.final_parameters + head,
-        saved_parameters=shape.saved_parameters + head * (run.adapter.kind != "none"),
+        saved_parameters=shape.saved_parameters + head,
     )
 
 

@@ -115,7 +115,7 @@ def _read(path: str, auto_bytes: int, is_teacher: bool) -> Companion:
         return Companion(Path(model.id).expanduser().stat().st_size)
     found = read_architecture(find_config(model)[0])
     if found is None:
-        raise ModelError("there is no arithmetic for its architecture.")
+        raise ModelError("Plans have no arithmetic for its architecture.")
     shape = found.shape(NoAdapter(kind="none"))
     dtype_bytes = {"auto": auto_bytes, "bfloat16": 2, "float32": 4}[model.dtype]
     bits = sum(

@@ -79,11 +79,13 @@ def weights(folder: Path) -> bytes:
 
 EVERYWHERE = {"reward", "response_tokens", "entropy", "unfinished", "rewards/letters", "rewards/length"}
 POLICY = {*EVERYWHERE, "kl", "clip_fraction", "ratio_deviation", "sampler_ess", "advantage_std"}
+# No answer of the tiny model is finished, and the preset gives them all the same reward.
+PPO = ("--objective.num_passes=2", "--objective.unfinished=score")
 KINDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "grpo": ((), {*POLICY, "kl_loss", "kl_coef"}),
     "rloo": ((), {*POLICY, "kl_coef"}),
     "reinforce": (("--train.global_batch_size=8", "--objective.num_generations=2"), POLICY),
-    "ppo": (("--objective.num_passes=2",), {*POLICY, "value_loss", "value_clip_fraction", "explained_variance"}),
+    "ppo": (PPO, {*POLICY, "value_loss", "value_clip_fraction", "explained_variance"}),
     "raft": (("--objective.num_generations=2",), EVERYWHERE - {"entropy"}),
     "online_dpo": ((), {*EVERYWHERE, "kl", "rewards/chosen", "rewards/accuracy", "ties"}),
 }
