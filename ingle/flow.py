@@ -21,7 +21,6 @@ from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, RewardError
 from ingle.events import Evaluated, Failed, Finished, Progress, Saved, Sink, Started, Step, Warned
-from ingle.kernels.allocator import return_freed_memory
 from ingle.report.results import Comparison, RunReport, ValidationReport
 from ingle.report.run_files import write_report
 from ingle.run_evaluation import compare_run, evaluate_before, score_samples
@@ -86,7 +85,6 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
     parts.objective.load_parts(parts.identity, partial(_open_beside, parts.mesh, sink))
-    return_freed_memory()  # of tensors as they were read
     base = evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
     try:
         trained = train(run, folder, parts, sink, began)

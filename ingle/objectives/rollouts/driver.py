@@ -130,6 +130,8 @@ class RolloutObjective(Objective):
         number = self._iteration + 1
         iteration = Iteration(number, self._draw, self._num_prompts, step, self._trail)
         self._buffer = None  # its memory is free while new answers grow
+        if not self._has_sampled:
+            return_freed_memory()  # of tensors as they were read
         found = call_outside_step(self.module, self._collector.collect, iteration, self._recipe, sink)
         if found is None:
             return False
