@@ -235,7 +235,7 @@ class DeviceMemory:
             earlier_gradients=trained / ranks if strategy.grad_accum_steps > 1 else 0.0,
             summed=summed,
             trunks=2 if value_rank(run) else 1,
-            beside=float(self.dtype_bytes * states * tokens),
+            companion_bytes=float(self.dtype_bytes * states * tokens),
             chunk=loss_chunk(run, self.dtype_bytes, self.on_gpu),
         )
 

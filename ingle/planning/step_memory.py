@@ -120,7 +120,7 @@ class Step:
         earlier_gradients: Bytes of gradients that earlier micro-batches have left behind.
         summed: Bytes that the sum over ranks at the end of the step needs, with the gradients of a step (DDP).
         trunks: Forward passes of the layers that one loss reads: that of a policy, and that of its value function.
-        beside: Bytes of the hidden states of other models, which the loss reads.
+        companion_bytes: Bytes of the hidden states of other models, which the loss reads.
         chunk: Logits that exist at once, and the bytes of each.
     """
 
@@ -134,7 +134,7 @@ class Step:
     earlier_gradients: float = 0.0
     summed: float = 0.0
     trunks: int = 1
-    beside: float = 0.0
+    companion_bytes: float = 0.0
     chunk: tuple[int, float] | None = None
 
     def peak(self) -> Moment:
@@ -149,7 +149,7 @@ class Step:
         """
         width = self._width()
         positions = 2 * self.tapes.dtype_bytes * self.tokens * max(unit.layer.head_dim for unit in self.units)
-        live, earlier = positions + width + self.beside, self.earlier_gradients
+        live, earlier = positions + width + self.companion_bytes, self.earlier_gradients
         held = self.ends.embedding_gathered * self.keeps_gathered
         yield Moment(live, earlier, 2 * self.ends.embedding_gathered)
         kept = [width if self.recompute else saved_bytes(unit.tape) for unit in self.units]

@@ -83,7 +83,7 @@ class Collector:
         stop: Strings that end an answer.
         max_failed: Largest share of the answers that may have no score by mistake.
         num_shown: Answers to report in each iteration.
-        num_steps: Steps of the run, which reward functions are told.
+        num_steps: Steps of the run, which reward functions receive.
         origin: What answers depend on, next to weights and prompts, as plain values.
         folder: Where journals are kept.
         mesh: The ranks.
@@ -194,7 +194,7 @@ class Collector:
             num_generations: Answers to each.
             journal: Knows answers and scores that are there already, and keeps new ones.
             times: Seconds of sampling and scoring, to which those of this call are added.
-            state: The progress that reward functions are told.
+            state: The progress that reward functions receive.
             sink: Receives progress.
         """
         self._open(sink)
@@ -241,7 +241,7 @@ class Collector:
         self._sampler = self._pool = None
 
     def _state(self, step: int, draw: int) -> dict[str, float]:
-        """Returns what reward functions are told about the run after so many steps and prompts."""
+        """Returns what reward functions receive about the run after so many steps and prompts."""
         return {"global_step": step, "max_steps": self._num_steps, "epoch": draw / self.num_prompts}
 
     def _row(self, draw: int) -> int:
